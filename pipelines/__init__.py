@@ -1,0 +1,20 @@
+"""What a user runs: the diffusers pipeline, the task behind `transformers.pipeline`, the `lumina-mgpt` command and the demo.
+
+Installed as `modeling_lumina_mgpt.pipelines`. The pipeline is imported when first asked for, so that `lumina-mgpt --help`
+does not wait for torch and diffusers.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+
+__all__ = ["LuminaMGPTPipeline"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "LuminaMGPTPipeline":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+
+    return LuminaMGPTPipeline
