@@ -1,0 +1,47 @@
+"""The weights behind the golden outputs: no file holds them, a rule over the published names makes them."""
+
+import gzip
+import json
+from pathlib import Path
+
+import torch
+from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def load_golden(name: str):
+    """The content of `tests/golden/{name}.json.gz`."""
+    return json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
+
+
+def seeded(shapes: dict[str, list[int]], seed: int, std: float) -> dict[str, torch.Tensor]:
+    """Float32 tensors of these shapes, drawn in key order: norms near one (weights) or zero (biases), others N(0, std)."""
+    generator = torch.Generator().manual_seed(seed)
+    state_dict = {}
+    for key in sorted(shapes):
+        noise = torch.randn(list(shapes[key]), generator=generator)
+        if "norm" in key:
+            state_dict[key] = 1 + 0.2 * noise if key.endswith("weight") else 0.2 * noise
+        else:
+            state_dict[key] = std * noise
+    return state_dict
+
+
+def published_decoder(config: LuminaMGPTConfig, seed: int, std: float) -> dict[str, torch.Tensor]:
+    """Seeded weights as the published checkpoints hold them: one `q_norm` and `k_norm` row per model-parallel shard."""
+    with torch.device("meta"):
+        shapes = {
+            key: list(value.shape) for key, value in LuminaMGPTForConditionalGeneration(config).state_dict().items()
+        }
+    for key, shape in shapes.items():
+        if "q_norm" in key or "k_norm" in key:
+            shape[0] = config.model_parallel_size
+    return seeded(shapes, seed, std)
+
+
+def build_golden_decoder(record: dict, **config_kwargs) -> LuminaMGPTForConditionalGeneration:
+    """The tiny float32 decoder of a golden `generation` record, loaded through the published layout."""
+    config = LuminaMGPTConfig(**record["config"], **config_kwargs)
+    state_dict = published_decoder(config, record["weight_seed"], record["weight_std"])
+    return LuminaMGPTForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict).eval()
