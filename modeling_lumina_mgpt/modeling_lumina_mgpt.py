@@ -8,7 +8,6 @@ hold one row per model-parallel shard and are expanded to one per head on the wa
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.cache_utils import Cache
@@ -132,7 +131,7 @@ class LuminaMGPTForConditionalGeneration(LuminaMGPTPreTrainedModel, LuminaMGPTGe
             num_items_in_batch: labels predicted in the whole optimizer step; divides the losses in place of this
                 batch's count, so that accumulated gradients equal those of one large batch.
         Returns:
-            `logits (batch, kept, vocab_size)`, `loss` and `z_loss` (float32 scalars), cache, hidden states, attentions.
+            `logits (batch, kept, vocab_size)`, `loss` and `z_loss` (float32 scalars), and stock's other fields.
         """
         outputs = self.model(
             input_ids=input_ids,

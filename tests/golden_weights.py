@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import torch
+
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -16,7 +17,7 @@ def load_golden(name: str):
 
 
 def seeded(shapes: dict[str, list[int]], seed: int, std: float) -> dict[str, torch.Tensor]:
-    """Float32 tensors of these shapes, drawn in key order: norms near one (weights) or zero (biases), others N(0, std)."""
+    """Float32 tensors of these shapes, drawn in key order: norms about one (biases about zero), others N(0, std)."""
     generator = torch.Generator().manual_seed(seed)
     state_dict = {}
     for key in sorted(shapes):
@@ -29,7 +30,7 @@ def seeded(shapes: dict[str, list[int]], seed: int, std: float) -> dict[str, tor
 
 
 def published_decoder(config: LuminaMGPTConfig, seed: int, std: float) -> dict[str, torch.Tensor]:
-    """Seeded weights as the published checkpoints hold them: one `q_norm` and `k_norm` row per model-parallel shard."""
+    """Seeded weights as published checkpoints hold them: one `q_norm` and `k_norm` row per model-parallel shard."""
     with torch.device("meta"):
         shapes = {
             key: list(value.shape) for key, value in LuminaMGPTForConditionalGeneration(config).state_dict().items()
