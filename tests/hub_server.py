@@ -102,7 +102,8 @@ class HubHandler(BaseHTTPRequestHandler):
     def answer(self) -> None:
         path = urlsplit(self.path).path
         method = "GET" if self.command == "HEAD" else self.command
-        if method != "GET" and not self.headers.get("Authorization") and not path.startswith("/lfs/"):
+        token_free = method == "GET" or path.startswith(("/lfs/", "/api/validate-yaml"))
+        if not token_free and not self.headers.get("Authorization"):
             raise HubError(401, "Unauthorized")
         for route_method, pattern, handler in ROUTES:
             match = re.fullmatch(pattern, path)
