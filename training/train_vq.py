@@ -1,0 +1,244 @@
+"""Trains a VQ model from scratch on Tabletop pictures and their depth, normal and segmentation maps.
+
+    lumina-mgpt train training/recipes/tabletop/vq.yaml
+
+The model is a plain `diffusers.VQModel`. First an autoencoder without a codebook, then, from k-means centers of its latents, the
+quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and whose unused codes are
+moved onto latents of the current batch. The run resumes from its last state.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import VQModel
+
+from .tabletop import MAPS, tabletop_records
+
+
+@dataclass
+class VQRecipe:
+    """One run. Sizes are in pixels; `pictures` lists how many scenes of each (square) size are rendered."""
+
+    output_dir: str
+    model: dict
+    pictures: list[dict] = field(default_factory=lambda: [{"size_px": 64, "scenes": 6000}])
+    crop_px: int = 64
+    batch_size: int = 32
+    num_steps: int = 3000
+    quantize_from_step: int = 300
+    learning_rate: float = 1e-3
+    gradient_loss_weight: float = 0.5
+    commitment_weight: float = 0.25
+    codebook_decay: float = 0.98
+    save_steps: int = 250
+    seed: int = 0
+
+
+class Codebook:
+    """Moving-average upkeep of `VQModel.quantize.embedding`; gradients reach the encoder straight through."""
+
+    def __init__(self, embedding: torch.nn.Embedding, decay: float):
+        self.vectors = embedding.weight.requires_grad_(False)  # (codes, dim)
+        self.decay = decay
+        self.counts = torch.ones(len(self.vectors), device=self.vectors.device)
+        self.sums = self.vectors.clone()
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"counts": self.counts, "sums": self.sums}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.counts, self.sums = state["counts"], state["sums"]
+
+    def start(self, latents: torch.Tensor, iterations: int = 20) -> None:
+        """k-means over `latents` (samples, dim)."""
+        self.vectors.copy_(latents[torch.randperm(len(latents))[: len(self.vectors)]])
+        for _ in range(iterations):
+            nearest = torch.cdist(latents, self.vectors).argmin(1)
+            counts = torch.bincount(nearest, minlength=len(self.vectors)).float()
+            sums = torch.zeros_like(self.vectors).index_add_(0, nearest, latents)
+            spare = latents[torch.randint(len(latents), (len(self.vectors),))]
+            self.vectors.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare))
+        self.counts, self.sums = torch.ones_like(self.counts), self.vectors.clone()
+
+    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
+        """Nearest vectors of `latents` (batch, dim, rows, cols), after moving the codebook toward them."""
+        flat = latents.detach().movedim(1, -1).reshape(-1, latents.shape[1])
+        nearest = torch.cdist(flat, self.vectors).argmin(1)
+        quantized = self.vectors[nearest].view(*latents.movedim(1, -1).shape).movedim(-1, 1)
+        self._follow(flat, nearest)
+        return quantized
+
+    def _follow(self, flat: torch.Tensor, nearest: torch.Tensor) -> None:
+        counts = torch.bincount(nearest, minlength=len(self.vectors)).float()
+        sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
+        self.counts.lerp_(counts, 1 - self.decay)
+        self.sums.lerp_(sums, 1 - self.decay)
+        dead = self.counts < 0.02
+        self.sums[dead] = flat[torch.randint(len(flat), (int(dead.sum()),), device=flat.device)]
+        self.counts[dead] = 1.0
+        self.vectors.copy_(self.sums / self.counts[:, None])
+
+
+def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
+    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and the three maps. Rendered once, then read from disk."""
+    pools = []
+    for entry in recipe.pictures:
+        size_px, num_scenes = entry["size_px"], entry["scenes"]
+        path = Path(recipe.output_dir) / f"pictures-{size_px}px-{num_scenes}.npy"
+        if not path.exists():
+            pool = np.zeros((num_scenes, 1 + len(MAPS), size_px, size_px, 3), np.uint8)
+            for i, record in enumerate(tabletop_records(range(num_scenes), [(size_px, size_px)], recipe.seed)):
+                pool[i] = np.stack([np.asarray(record[key]) for key in ("image", *MAPS)])
+            np.save(path.with_suffix(".part.npy"), pool)
+            path.with_suffix(".part.npy").rename(path)
+        pools.append(np.load(path, mmap_mode="r"))
+    return pools
+
+
+def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Generator) -> torch.Tensor:
+    """Random crops in [-1, 1], `(batch, 3, crop, crop)`; seven in ten are RGB, the others maps."""
+    crops = []
+    for _ in range(recipe.batch_size):
+        pool = pools[rng.choice(len(pools), p=_shares(pools))]
+        kind = 0 if rng.random() < 0.7 else rng.integers(1, pool.shape[1])
+        top, left = (rng.integers(0, side - recipe.crop_px + 1) for side in pool.shape[2:4])
+        crops.append(pool[rng.integers(len(pool)), kind, top : top + recipe.crop_px, left : left + recipe.crop_px])
+    return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _shares(pools: list[np.ndarray]) -> np.ndarray:
+    sizes = np.array([len(pool) for pool in pools], float)
+    return sizes / sizes.sum()
+
+
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
+    """L1 + 4 x mean square + L1 of the picture's gradients (edges, which L1 alone blurs)."""
+    loss = F.l1_loss(output, target) + 4 * F.mse_loss(output, target)
+    for dim in (2, 3):
+        loss = loss + gradient_weight * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+    return loss
+
+
+def learning_rate_at(step: int, recipe: VQRecipe) -> float:
+    """Linear warm-up over 100 steps, then linear decay to 2% over the last two thirds."""
+    left = min(1.0, 1.5 * (1 - step / recipe.num_steps))
+    return recipe.learning_rate * min((step + 1) / 100, max(left, 0.02))
+
+
+def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
+    """Runs (or resumes) the recipe, saves the model in `output_dir`, and returns it."""
+    torch.manual_seed(recipe.seed)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    output_dir = Path(recipe.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    pools = render_pictures(recipe)
+
+    model = VQModel(**recipe.model).to(device, memory_format=torch.channels_last).train()
+    codebook = Codebook(model.quantize.embedding, recipe.codebook_decay)
+    weights = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    first_step = _resume(output_dir, model, codebook, optimizer)
+
+    started = time.time()
+    for step in range(first_step, recipe.num_steps):
+        rng = np.random.default_rng((recipe.seed, step))
+        pixels = sample_batch(pools, recipe, rng).to(device, memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, recipe)
+        if step == recipe.quantize_from_step:
+            codebook.start(_latents(model, pools, recipe, device))
+        loss = _loss(model, codebook, pixels, recipe, quantized=step >= recipe.quantize_from_step)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            print(f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+        if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
+            _save(output_dir, step + 1, model, codebook, optimizer)
+    scores = evaluate(model.eval(), recipe)
+    print(json.dumps(scores))
+    model.save_pretrained(output_dir / "vqvae")
+    (output_dir / "scores.json").write_text(json.dumps({"scores": scores, "recipe": asdict(recipe)}, indent=2) + "\n")
+    return model
+
+
+def _loss(model: VQModel, codebook: Codebook, pixels: torch.Tensor, recipe: VQRecipe, quantized: bool) -> torch.Tensor:
+    latents = model.quant_conv(model.encoder(pixels))
+    used, commitment = latents, latents.new_zeros(())
+    if quantized:
+        nearest = codebook.quantize(latents)
+        commitment = F.mse_loss(latents, nearest)
+        used = latents + (nearest - latents).detach()
+    output = model.decoder(model.post_quant_conv(used))
+    return reconstruction_loss(output, pixels, recipe.gradient_loss_weight) + recipe.commitment_weight * commitment
+
+
+@torch.no_grad()
+def _latents(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, device: str, batches: int = 30) -> torch.Tensor:
+    rng = np.random.default_rng(recipe.seed)
+    found = [model.encode(sample_batch(pools, recipe, rng).to(device)).latents for _ in range(batches)]
+    return torch.cat([z.movedim(1, -1).reshape(-1, z.shape[1]) for z in found])
+
+
+def _save(output_dir: Path, step: int, model: VQModel, codebook: Codebook, optimizer) -> None:
+    """One file, replaced atomically, so that a killed run resumes from a whole state."""
+    state = {"step": step, "model": model.state_dict(), "codebook": codebook.state(), "optimizer": optimizer.state_dict()}
+    torch.save(state, output_dir / "state.part")
+    (output_dir / "state.part").rename(output_dir / "state.pt")
+
+
+def _resume(output_dir: Path, model: VQModel, codebook: Codebook, optimizer) -> int:
+    path = output_dir / "state.pt"
+    if not path.exists():
+        return 0
+    state = torch.load(path, weights_only=True, map_location=codebook.vectors.device)
+    model.load_state_dict(state["model"])
+    codebook.load_state(state["codebook"])
+    optimizer.load_state_dict(state["optimizer"])
+    print(f"resumed at step {state['step']}", flush=True)
+    return state["step"]
+
+
+@torch.no_grad()
+def evaluate(model: VQModel, recipe: VQRecipe, num_scenes: int = 200, size_px: int = 64) -> dict[str, float]:
+    """PSNR (dB) and SSIM of each kind of picture at 64 x 64 on test scenes, and the share and perplexity of used codes."""
+    device = model.device
+    records = list(tabletop_records(range(num_scenes), [(size_px, size_px)], recipe.seed, split="test"))
+    scores: dict[str, float] = {}
+    counts = torch.zeros(model.config["num_vq_embeddings"])
+    for kind in ("image", *MAPS):
+        pixels = torch.stack([torch.from_numpy(np.array(r[kind])) for r in records]).permute(0, 3, 1, 2) / 127.5 - 1
+        latents = torch.cat([model.encode(chunk).latents for chunk in pixels.to(device).split(32)])
+        _, _, (_, _, codes) = model.quantize(latents)
+        counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
+        output = torch.cat([model.decode(chunk).sample for chunk in latents.split(32)]).clamp(-1, 1).cpu()
+        scores[f"psnr_{kind}"] = psnr(output, pixels)
+        scores[f"ssim_{kind}"] = ssim(output, pixels)
+    share = counts / counts.sum()
+    scores["codes_used"] = (counts > 0).float().mean().item()
+    scores["code_perplexity"] = torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
+    return {key: round(value, 4) for key, value in scores.items()}
+
+
+def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
+    """Mean over pictures of the peak signal-to-noise ratio in dB, for values in [-1, 1]."""
+    mse = ((output - target) / 2).square().flatten(1).mean(1).clamp(min=1e-10)
+    return (-10 * torch.log10(mse)).mean().item()
+
+
+def ssim(output: torch.Tensor, target: torch.Tensor, window: int = 7) -> float:
+    """Structural similarity (Wang et al. 2004) with a uniform window, for values in [-1, 1]."""
+    def mean(x: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(x, window, 1)
+
+    mu_x, mu_y = mean(output), mean(target)
+    var_x, var_y = mean(output**2) - mu_x**2, mean(target**2) - mu_y**2
+    covariance = mean(output * target) - mu_x * mu_y
+    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
+    score = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
+    return score.mean().item()
