@@ -1,4 +1,4 @@
-"""Uni-Rep: one unambiguous token layout for images of any size (arXiv 2408.02657, section 3.1).
+"""Uni-Rep: one unambiguous token layout for images of any size (arXiv 2408.02657).
 
 An image of `rows` x `cols` codes becomes `start, size(height), size(width), (cols codes, end-of-line) x rows, end`.
 This is the ground floor: nothing else knows an id, a row end or a bucket. `ImageLayout` is what the decoder needs (its
@@ -62,6 +62,17 @@ class ImageLayout:
         """Length of a whole image, for ints or tensors."""
         return rows * (cols + 1) + 4
 
+    def header(self, rows: int, cols: int) -> list[int]:
+        """The start and size tokens of an image; ValueError for a grid that has no representation."""
+        ids = [self.start_id]
+        for num_codes in (rows, cols):
+            units, rest = divmod(num_codes, self.codes_per_size_unit)
+            if rest or not 1 <= units <= len(self.size_ids):
+                step, limit = self.codes_per_size_unit, len(self.size_ids) * self.codes_per_size_unit
+                raise ValueError(f"{rows}x{cols} codes: accepted sides are multiples of {step} up to {limit}")
+            ids.append(self.size_ids[units - 1])
+        return ids
+
     def buckets(self, target_px: int) -> list[tuple[int, int]]:
         """Sizes `(width_px, height_px)` of about `target_px` squared pixels, widest first, aspect ratio at most 4."""
         if target_px < self.size_unit_px or target_px % self.size_unit_px:
@@ -78,13 +89,8 @@ class ImageLayout:
         return sizes
 
     def best_bucket(self, width_px: int, height_px: int, target_px: int) -> tuple[int, int]:
-        """The bucket `(width_px, height_px)` that loses least of an image to cropping; ties go to the wider one."""
-
-        def kept(bucket):
-            scales = bucket[0] / width_px, bucket[1] / height_px
-            return min(scales) / max(scales), bucket
-
-        return max(self.buckets(target_px), key=kept)
+        """The bucket `(width_px, height_px)` that loses least of an image to cropping."""
+        return best_bucket(width_px, height_px, self.buckets(target_px))
 
     # Grammar
 
@@ -188,20 +194,22 @@ class UniRep(ImageLayout):
             code_ids=torch.tensor(code_ids),
         )
 
-    def encode(self, codes) -> Tensor:
-        """Ids of a whole image. Codes (rows, cols) -> (rows * (cols + 1) + 4)
+    def encode(self, codes, rows: int | None = None) -> Tensor:
+        """Ids of an image. Codes (rows, cols) -> (rows * (cols + 1) + 4)
 
-        ValueError where the grid is no multiple of the size unit, has no size token, or a code does not exist.
+        Given `rows`, the codes are the upper part of an image of that many rows and the ids stop after them: what a
+        model completes, as the lower half of a dual panel. ValueError where the grid is no multiple of the size unit,
+        has no size token, or a code does not exist.
         """
         codes = torch.as_tensor(codes).long().cpu()
-        if codes.ndim != 2:
+        if codes.ndim != 2 or not codes.numel():
             raise ValueError(f"codes of shape {tuple(codes.shape)}: accepted is (rows, cols)")
-        height, width = (self._size_id(n) for n in codes.shape)
         if codes.min() < 0 or codes.max() >= len(self.code_ids):
             raise ValueError(f"codes {codes.min()} to {codes.max()}: accepted are 0 to {len(self.code_ids) - 1}")
+        head = self.header(rows or len(codes), codes.shape[1])
         lines = torch.nn.functional.pad(self.code_ids[codes], (0, 1), value=self.end_of_line_id)  # (rows, cols + 1)
-        head = torch.tensor([self.start_id, height, width])
-        return torch.cat([head, lines.flatten(), torch.tensor([self.end_id])])
+        tail = [] if rows else [self.end_id]
+        return torch.cat([torch.tensor(head), lines.flatten(), torch.tensor(tail, dtype=torch.long)])
 
     def decode(self, ids) -> Tensor:
         """Codes (rows, cols) of one image; of one that was cut short, its finished rows.
@@ -228,12 +236,15 @@ class UniRep(ImageLayout):
             expected = "nothing, the image has ended"
         return f"malformed image: token {int(ids[position])} at position {position}, expected {expected}"
 
-    def _size_id(self, num_codes: int) -> int:
-        units, rest = divmod(num_codes, self.codes_per_size_unit)
-        if rest or not 1 <= units <= len(self.size_ids):
-            limit = len(self.size_ids) * self.codes_per_size_unit
-            raise ValueError(f"{num_codes} codes: accepted are multiples of {self.codes_per_size_unit} up to {limit}")
-        return self.size_ids[units - 1]
+
+def best_bucket(width_px: int, height_px: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
+    """The bucket `(width_px, height_px)` that keeps most of an image when it is cropped; ties go to the wider one."""
+
+    def kept(bucket):
+        scales = bucket[0] / width_px, bucket[1] / height_px
+        return min(scales) / max(scales), bucket
+
+    return max(buckets, key=kept)
 
 
 def _code_ids(vocab: dict[str, int]) -> list[int]:
