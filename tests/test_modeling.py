@@ -1,0 +1,314 @@
+"""The decoder gives the reference's numbers, in every way of running it, and trains on the right loss."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from golden_weights import build_golden_decoder, load_golden, published_decoder
+from torch.nn import functional as F
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMultimodalLM,
+    DynamicCache,
+    StaticCache,
+)
+
+from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.configuration_lumina_mgpt import AUTO_MAP
+from modeling_lumina_mgpt.modeling_lumina_mgpt import language_losses
+
+VOCAB_SIZE, LENGTH = 97, 12
+VARIANTS = {"plain": {}, "swin": {"swin_norm": True, "num_key_value_heads": 2, "model_parallel_size": 2}}
+LAYOUT = {
+    "start_id": 1,
+    "end_id": 2,
+    "end_of_line_id": 3,
+    "end_of_turn_id": 4,
+    "size_ids": [5, 6],
+    "code_id_ranges": [[10, 20]],
+    "size_unit_px": 16,
+    "codes_per_size_unit": 2,
+}
+
+
+def tiny_config(variant: str = "swin", **kwargs) -> LuminaMGPTConfig:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return LuminaMGPTConfig(vocab_size=VOCAB_SIZE, **sizes, **VARIANTS[variant], **kwargs)
+
+
+def tiny_model(variant: str = "swin", **kwargs) -> LuminaMGPTForConditionalGeneration:
+    """Random norms too, so that a norm in the wrong place shows."""
+    config = tiny_config(variant, **kwargs)
+    state_dict = published_decoder(config, seed=0, std=0.2)
+    return LuminaMGPTForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict).eval()
+
+
+def random_ids(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randint(VOCAB_SIZE, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request):
+    return tiny_model(request.param)
+
+
+@pytest.fixture
+def no_warnings():
+    """Fails the test on any Python warning or any transformers log record of level WARNING."""
+    records: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        yield
+    logger.removeHandler(handler)
+    assert not records
+
+
+# The reference's numbers
+
+
+@pytest.mark.parametrize("index", [0, 1])
+@torch.no_grad()
+def test_golden_logits(index):
+    record = load_golden("generation")["generation"][index]
+    logits = build_golden_decoder(record)(torch.tensor(record["logits_input"]), logits_to_keep=1).logits
+    expected = torch.tensor(record["logits"])
+    torch.testing.assert_close(logits[:, 0, record["logits_cols"]], expected, atol=2e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_golden_losses():
+    golden = load_golden("generation")
+    record = golden["loss"]
+    model = build_golden_decoder(golden["generation"][record["model"]], z_loss_weight=0.5)
+    outputs = model(torch.tensor(record["input_ids"]), labels=torch.tensor(record["labels"]))
+    assert outputs.z_loss.item() == pytest.approx(record["z"], abs=1e-4)
+    assert outputs.loss.item() == pytest.approx(record["ce"] + 0.5 * record["z"], abs=1e-4)
+
+
+# One function, however it is run
+
+
+@torch.no_grad()
+def test_cached_equals_uncached_and_static_equals_dynamic(model):
+    ids = random_ids(2, LENGTH)
+    whole = model(ids).logits
+    caches = DynamicCache(config=model.config), StaticCache(config=model.config, max_cache_len=LENGTH + 3)
+    for cache in caches:
+        parts = [model(part, past_key_values=cache).logits for part in (ids[:, :5], ids[:, 5:6], ids[:, 6:])]
+        torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_left_padded_row_equals_the_row_alone(model):
+    short, long = random_ids(1, 7), random_ids(1, LENGTH, seed=1)
+    pad = LENGTH - short.shape[1]
+    ids = torch.cat([F.pad(short, (pad, 0)), long])
+    mask = torch.ones_like(ids)
+    mask[0, :pad] = 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    logits = model(ids, attention_mask=mask, position_ids=positions).logits
+    torch.testing.assert_close(logits[:1, pad:], model(short).logits, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1:], model(long).logits, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_sdpa_equals_eager(model):
+    ids = random_ids(2, LENGTH)
+    assert model.config._attn_implementation == "sdpa"
+    sdpa = model(ids).logits
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(model(ids).logits, sdpa, atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_logits_to_keep_are_the_last_ones(model):
+    ids = random_ids(2, LENGTH)
+    whole = model(ids).logits
+    torch.testing.assert_close(model(ids, logits_to_keep=3).logits, whole[:, -3:])
+    torch.testing.assert_close(model(ids, logits_to_keep=torch.tensor([2, 4])).logits, whole[:, [2, 4]])
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")  # its successor is younger than our oldest
+def test_gradient_checkpointing_is_exact():
+    def gradients(model):
+        torch.manual_seed(0)
+        model.zero_grad()
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        return [parameter.grad for parameter in model.parameters()]
+
+    ids = random_ids(2, LENGTH)
+    model = tiny_model(residual_dropout=0.3).train()
+    plain = gradients(model)
+    model.gradient_checkpointing_enable()
+    assert all(torch.equal(a, b) for a, b in zip(plain, gradients(model), strict=True))
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_compiled_full_graph_equals_eager(model):
+    ids = random_ids(2, LENGTH)
+    compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="eager")  # the graph is what is tested
+    torch.testing.assert_close(compiled(ids).logits, model(ids).logits, atol=1e-5, rtol=1e-5)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    parts = [compiled(ids[:, index : index + 1], past_key_values=cache).logits for index in range(LENGTH)]
+    torch.testing.assert_close(torch.cat(parts, 1), model(ids).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_hidden_states_and_attentions_are_returned():
+    outputs = tiny_model(attn_implementation="eager")(
+        random_ids(1, 5), output_hidden_states=True, output_attentions=True
+    )
+    assert len(outputs.hidden_states) == 3 and len(outputs.attentions) == 2
+
+
+# Residual dropout
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@torch.no_grad()
+def test_residual_dropout_is_active_in_training_only(variant):
+    ids = random_ids(2, LENGTH)
+    expected = tiny_model(variant)(ids).logits
+    model = tiny_model(variant, residual_dropout=1.0)
+    assert torch.equal(model(ids).logits, expected)
+    # every branch dropped: what is left is the embedding
+    bare = model.lm_head(model.model.norm(model.model.embed_tokens(ids)))
+    torch.testing.assert_close(model.train()(ids).logits, bare)
+
+
+@torch.no_grad()
+def test_dropout_follows_the_swin_norm():
+    model = tiny_model("swin")
+    layer = model.model.layers[0]
+    dropped, normed = [], []
+    layer.residual_dropout.register_forward_pre_hook(lambda _, args: dropped.append(args[0]))
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm):
+        norm.register_forward_hook(lambda _, __, output: normed.append(output))
+    model(random_ids(1, 5))
+    assert len(dropped) == 2 and all(a is b for a, b in zip(dropped, normed, strict=True))
+
+
+# Losses
+
+
+def test_loss_gradient_equals_the_one_by_hand():
+    logits = torch.randn(2, 5, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    labels = torch.tensor([[-100, 3, -100, 6, 2], [-100, -100, -100, -100, 0]])
+    cross_entropy, z_loss = language_losses(logits, labels)
+    (cross_entropy + 0.1 * z_loss).backward()
+
+    expected = torch.zeros_like(logits)
+    places = [(0, 0, 3), (0, 2, 6), (0, 3, 2), (1, 3, 0)]  # (row, position, next token)
+    for row, position, token in places:
+        softmax, log_partition = logits[row, position].softmax(-1), logits[row, position].logsumexp(-1)
+        expected[row, position] = softmax - F.one_hot(torch.tensor(token), 7) + 0.2 * log_partition * softmax
+    torch.testing.assert_close(logits.grad, expected / len(places))
+
+
+def test_accumulated_gradients_equal_one_batch():
+    ids = random_ids(3, LENGTH)
+    labels = ids.clone()
+    labels[0, :8] = -100
+    model = tiny_model(z_loss_weight=0.1)
+    model(ids, labels=labels).loss.backward()
+    whole = model.lm_head.weight.grad.clone()
+    model.zero_grad()
+    count = (labels[:, 1:] != -100).sum()
+    for rows in (slice(0, 1), slice(1, 3)):
+        model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
+    torch.testing.assert_close(model.lm_head.weight.grad, whole)
+
+
+def test_image_codes_can_be_learned():
+    ids = torch.full((1, 6), LAYOUT["code_id_ranges"][0][0])
+    assert torch.isfinite(tiny_model(image_layout=LAYOUT)(ids, labels=ids).loss)
+
+
+# Folders
+
+
+def test_published_layout_loads_and_round_trips_without_a_warning(tmp_path, no_warnings):
+    config = tiny_config("swin")
+    state_dict = published_decoder(config, seed=0, std=0.2)
+    state_dict["model.vqmodel.quantize.embedding.weight"] = torch.zeros(3, 3)
+    model = LuminaMGPTForConditionalGeneration.from_pretrained(None, config=config, state_dict=dict(state_dict)).eval()
+    norm = model.model.layers[1].self_attn.q_norm.weight  # (heads, head_dim)
+    assert torch.equal(norm, state_dict["model.layers.1.self_attn.q_norm.weight"].repeat_interleave(2, 0))
+
+    model.save_pretrained(tmp_path)
+    reloaded = LuminaMGPTForConditionalGeneration.from_pretrained(tmp_path)
+    assert all(torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items())
+    AutoModel.from_pretrained(tmp_path)
+
+
+def test_config_round_trips_with_every_auto_class(tmp_path, no_warnings):
+    config = tiny_config(image_layout=LAYOUT, image_token_id=VOCAB_SIZE, residual_dropout=0.05)
+    config.auto_map = {"AutoConfig": "someone/else--configuration_lumina_mgpt.LuminaMGPTConfig"}
+    config.save_pretrained(tmp_path)
+    reloaded = AutoConfig.from_pretrained(tmp_path)
+    assert reloaded.to_diff_dict() == config.to_diff_dict()
+    assert reloaded.auto_map == AUTO_MAP
+    assert list(reloaded.custom_pipelines) == ["text-to-image"]
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM])
+def test_registered_auto_classes_build_the_model(auto_class):
+    assert type(auto_class.from_config(tiny_config())) is LuminaMGPTForConditionalGeneration
+
+
+@pytest.mark.slow
+def test_every_auto_class_loads_the_folder_without_the_package(tmp_path):
+    tiny_model().save_pretrained(tmp_path / "model")
+    names = sorted(AUTO_MAP)
+    code = f"""
+import torch, transformers
+for name in {names}:
+    loaded = getattr(transformers, name).from_pretrained("model", trust_remote_code=True)
+    assert type(loaded).__module__.startswith("transformers_modules."), type(loaded)
+    if name != "AutoConfig":
+        loaded.save_pretrained("again_" + name)
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-W", "error", "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert "initialized" not in done.stderr and "UNEXPECTED" not in done.stderr
+    for name in names[1:]:
+        assert AutoConfig.from_pretrained(tmp_path / f"again_{name}").auto_map == AUTO_MAP
+        assert (tmp_path / f"again_{name}" / "modeling_lumina_mgpt.py").exists()
+
+
+def test_no_layer_is_split_over_devices():
+    from accelerate import infer_auto_device_map
+
+    model = tiny_model()
+    layer_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
+    embedding_bytes = model.model.embed_tokens.weight.nbytes
+    memory = {0: embedding_bytes + int(1.5 * layer_bytes), "cpu": 10**9}
+    placed = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=model._no_split_modules)
+    assert not any("self_attn" in name or "mlp" in name for name in placed)
+    assert set(placed.values()) == {0, "cpu"}
+
+
+# Errors
+
+
+def test_pixels_are_refused():
+    with pytest.raises(ValueError, match="LuminaMGPTProcessor"):
+        tiny_model()(random_ids(1, 3), pixel_values=torch.zeros(1, 3, 8, 8))
+
+
+def test_a_layout_with_a_wrong_key_is_refused():
+    with pytest.raises(ValueError, match="start"):
+        tiny_config(image_layout={"start": 1})
