@@ -38,11 +38,6 @@ def __getattr__(name: str) -> Any:
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)
 
 
-# An auto class makes `save_pretrained` copy the code beside the weights.
-LuminaMGPTConfig.register_for_auto_class()
-LuminaMGPTModel.register_for_auto_class("AutoModel")
-LuminaMGPTForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
-
 AutoConfig.register(LuminaMGPTConfig.model_type, LuminaMGPTConfig, exist_ok=True)
 AutoModel.register(LuminaMGPTConfig, LuminaMGPTModel, exist_ok=True)
 for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):

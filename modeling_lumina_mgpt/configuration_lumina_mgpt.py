@@ -108,3 +108,6 @@ class LuminaMGPTConfig(PreTrainedConfig):
         """As in transformers, with an `auto_map` for every Auto class that can load the folder."""
         self.auto_map = dict(AUTO_MAP)
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
+
+
+LuminaMGPTConfig.register_for_auto_class()

@@ -71,7 +71,6 @@ class LuminaMGPTPreTrainedModel(ChameleonPreTrainedModel):
     config_class = LuminaMGPTConfig
     output_modalities = ("image", "text")
     _no_split_modules: ClassVar[list[str]] = ["LuminaMGPTDecoderLayer", "LuminaMGPTSwinDecoderLayer"]
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"(^|\.)vqmodel\."]
 
 
 class LuminaMGPTModel(LuminaMGPTPreTrainedModel, ChameleonModel):
@@ -199,6 +198,8 @@ class ExpandShards(ConversionOps):
         return self
 
 
+LuminaMGPTModel.register_for_auto_class("AutoModel")
+LuminaMGPTForConditionalGeneration.register_for_auto_class("AutoModelForMultimodalLM")
 register_checkpoint_conversion_mapping(
     LuminaMGPTConfig.model_type,
     [

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import infer_auto_device_map
 from golden_weights import build_golden_decoder, load_golden, published_decoder
 from torch.nn import functional as F
 from transformers import (
@@ -221,7 +222,8 @@ def test_accumulated_gradients_equal_one_batch():
     labels = ids.clone()
     labels[0, :8] = -100
     model = tiny_model(z_loss_weight=0.1)
-    model(ids, labels=labels).loss.backward()
+    cross_entropy, z_loss = language_losses(model(ids).logits, labels)
+    (cross_entropy + 0.1 * z_loss).backward()
     whole = model.lm_head.weight.grad.clone()
     model.zero_grad()
     count = (labels[:, 1:] != -100).sum()
@@ -289,16 +291,14 @@ for name in {names}:
         assert (tmp_path / f"again_{name}" / "modeling_lumina_mgpt.py").exists()
 
 
-def test_no_layer_is_split_over_devices():
-    from accelerate import infer_auto_device_map
-
+@pytest.mark.parametrize("num_layers", [0.5, 1.0, 1.5, 2.0])
+def test_no_layer_is_split_over_devices(num_layers):
     model = tiny_model()
-    layer_bytes = sum(p.numel() * p.element_size() for p in model.model.layers[0].parameters())
-    embedding_bytes = model.model.embed_tokens.weight.nbytes
-    memory = {0: embedding_bytes + int(1.5 * layer_bytes), "cpu": 10**9}
-    placed = infer_auto_device_map(model, max_memory=memory, no_split_module_classes=model._no_split_modules)
+    layer_bytes = sum(p.nbytes for p in model.model.layers[0].parameters())
+    room = {"cpu": model.model.embed_tokens.weight.nbytes + int(num_layers * layer_bytes), "disk": 10**9}
+    placed = infer_auto_device_map(model, max_memory=room, no_split_module_classes=model._no_split_modules)
     assert not any("self_attn" in name or "mlp" in name for name in placed)
-    assert set(placed.values()) == {0, "cpu"}
+    assert "disk" in placed.values()
 
 
 # Errors
