@@ -1,0 +1,557 @@
+"""Messages and pictures -> ids (and labels); ids -> text and pictures.
+
+One path for everything: a prompt, a chat and a training record all become a list of turns with `<|image|>`
+placeholders, then ids. Unlike stock processors this one emits final ids: it holds the VQ model, turns pictures into
+codes and lays them out (Uni-Rep), so the decoder is a plain language model. What a user writes is text: names of
+control tokens in it stay plain text, except for the placeholder.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from transformers import AddedToken, BatchFeature, ProcessorMixin
+
+from .uni_rep import END_OF_TURN, UniRep
+
+IMAGE = "<|image|>"
+IGNORED_LABEL = -100
+CHUNK_PX = 1024**2  # the VQ model sees at most this many pixels at a time, or one picture
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+
+# One space between a picture and its neighbours; an end-of-turn after each turn; no role words.
+CHAT_TEMPLATE = """\
+{{- bos_token or eos_token -}}
+{%- for message in messages -%}
+  {%- set ns = namespace(text="", after_image=false) -%}
+  {%- if message.content is string -%}
+    {%- set ns.text = message.content -%}
+  {%- else -%}
+    {%- for item in message.content -%}
+      {%- if item.type == "image" -%}
+        {%- set ns.text = ns.text.rstrip() ~ (" " if ns.text.strip() else "") ~ "<|image|>" -%}
+        {%- set ns.after_image = true -%}
+      {%- elif item.text -%}
+        {%- set ns.text = ns.text ~ (" " ~ item.text.lstrip() if ns.after_image else item.text) -%}
+        {%- set ns.after_image = false -%}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+  {%- if message.role == "assistant" -%}
+    {%- generation -%}{{- ns.text ~ "<reserved08706>" -}}{%- endgeneration -%}
+  {%- else -%}
+    {{- ns.text ~ "<reserved08706>" -}}
+  {%- endif -%}
+{%- endfor -%}
+"""
+
+
+@dataclass(frozen=True)
+class Task:
+    """How a task is asked for, in the words that the models were trained on.
+
+    Attributes:
+        template: the user's turn, with `{prompt}` where the user's words go and `<|image|>` for a picture.
+        answer: what the model says: "image", "text", or "text+image".
+        default_prompt: the user's words if there are none.
+    """
+
+    template: str
+    answer: str = "image"
+    default_prompt: str = ""
+
+    @property
+    def needs_image(self) -> bool:
+        return IMAGE in self.template
+
+
+TASKS = {
+    "text-to-image": Task("Generate an image of {width}x{height} according to the following prompt:\n{prompt}"),
+    "caption": Task("{prompt} <|image|>", "text", "Describe the image in detail."),
+    "vqa": Task("{prompt} <|image|>", "text"),
+    "edit": Task("{prompt} <|image|>"),
+    "depth": Task("Depth estimation. <|image|>"),
+    "normal": Task("Surface normal estimation. <|image|>"),
+    "pose": Task("Human pose estimation. <|image|>"),
+    "segmentation": Task("Semantic segmentation. <|image|>"),
+    "detection": Task("Detect: {prompt} <|image|>"),
+    "control": Task(
+        "Generate an image according to the provided image, and according to the following caption:\n"
+        "{prompt} <|image|>"
+    ),
+    "refine": Task("No edit. <|image|>"),
+    "restore": Task(
+        "Perceive the degradation level, understand the image content, and restore the high-quality image. <|image|>",
+        "text+image",
+    ),
+}
+
+
+class LuminaMGPTProcessor(ProcessorMixin):
+    """Tokenizer, image processor and VQ model as one.
+
+    Args:
+        image_processor: a `LuminaMGPTImageProcessor`.
+        tokenizer: one with the published special-token names; `<|image|>` is added if absent.
+        chat_template: defaults to the models' own format.
+        size_unit_px: pixels of one step of the size tokens.
+        codes_per_size_unit: codes on each side of a size unit.
+        target_px: side of the square whose area input pictures are cropped to.
+        task_templates: user turns of a checkpoint that was trained with others than those in `TASKS`, by task.
+    """
+
+    def __init__(
+        self,
+        image_processor,
+        tokenizer,
+        chat_template: str | None = None,
+        size_unit_px: int = 32,
+        codes_per_size_unit: int = 2,
+        target_px: int = 512,
+        task_templates: dict[str, str] | None = None,
+    ):
+        if IMAGE not in tokenizer.get_vocab():
+            tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
+        self.size_unit_px, self.codes_per_size_unit, self.target_px = size_unit_px, codes_per_size_unit, target_px
+        self.task_templates = task_templates or {}
+        self.image_token = IMAGE
+        self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
+        self.bos_token = tokenizer.bos_token or tokenizer.eos_token
+        self._pad_token = tokenizer.pad_token or self.bos_token
+        self.uni_rep = UniRep.from_tokenizer(tokenizer, size_unit_px, codes_per_size_unit)
+        self._vqvae = None
+        self._source: tuple[str, dict[str, Any]] | None = None
+
+    # Loading and saving
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
+        """As in transformers; the VQ model beside it, in `vqvae/`, is loaded when first needed.
+
+        The folder's own code is trusted: whoever calls this has loaded this very class from it.
+        """
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        kwargs.setdefault("trust_remote_code", True)
+        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        processor = processor[0] if isinstance(processor, tuple) else processor
+        processor._source = str(pretrained_model_name_or_path), hub
+        return processor
+
+    def to_dict(self) -> dict[str, Any]:
+        vqvae, self._vqvae = self._vqvae, None  # the mixin would copy its weights
+        try:
+            return super().to_dict()
+        finally:
+            self._vqvae = vqvae
+
+    @property
+    def vqvae(self):
+        """The `diffusers.VQModel`, in evaluation mode."""
+        if self._vqvae is None:
+            self.vqvae = self._load_vqvae()
+        return self._vqvae
+
+    @vqvae.setter
+    def vqvae(self, vqvae):
+        if vqvae is not None:
+            factor, wanted = (
+                2 ** (len(vqvae.config.block_out_channels) - 1),
+                self.size_unit_px / self.codes_per_size_unit,
+            )
+            if factor != wanted:
+                raise ValueError(f"a VQ model with {factor} px per code: this processor's layout wants {wanted:g}")
+            vqvae = vqvae.eval().requires_grad_(False)
+        self._vqvae = vqvae
+
+    def _load_vqvae(self):
+        from diffusers import VQModel
+
+        if self._source is None:
+            raise ValueError("the processor has no VQ model: set `processor.vqvae` to a diffusers.VQModel")
+        path, hub = self._source
+        try:
+            return VQModel.from_pretrained(path, subfolder="vqvae", **hub)
+        except OSError as error:
+            raise ValueError(
+                f"{path} has no VQ model in vqvae/: set `processor.vqvae` to a diffusers.VQModel"
+            ) from error
+
+    # Pictures
+
+    def encode_images(
+        self,
+        images: Sequence[Any],
+        target_px: int | None = None,
+        random_crop: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Codes of pictures, each cropped to the bucket that suits it; codes among them pass through.
+
+        Args:
+            images: PIL images, paths, URLs, bytes, arrays, or codes (rows, cols).
+            target_px: side of the square whose area is aimed at.
+            random_crop: draw the crops' offsets (from `generator` if given) instead of centring.
+
+        Returns:
+            int64 (rows, cols) on the CPU, one a picture.
+        """
+        codes: list[Any] = [torch.as_tensor(image).long().cpu() if is_codes(image) else None for image in images]
+        todo = [i for i, known in enumerate(codes) if known is None]
+        if todo:
+            buckets = self.uni_rep.buckets(target_px or self.target_px)
+            source = (generator or torch.default_generator) if random_crop else None
+            pictures = self.image_processor([images[i] for i in todo], buckets, source)["pixel_values"]
+            for chunk in _chunks(pictures):
+                for i, code in zip(chunk, self._encode_pixels(torch.stack([pictures[i] for i in chunk])), strict=True):
+                    codes[todo[i]] = code
+        return codes
+
+    def encode_image(self, image: Any, target_px: int | None = None) -> Tensor:
+        """Codes (rows, cols) of one picture, cropped to the bucket that suits it."""
+        return self.encode_images([image], target_px)[0]
+
+    def decode_images(self, codes: Sequence[Any]) -> list[Image.Image]:
+        """Pictures of codes (rows, cols), which may differ in size."""
+        codes = [torch.as_tensor(grid).long() for grid in codes]
+        for grid in codes:
+            if not is_codes(grid) or not grid.numel() or grid.min() < 0 or grid.max() >= len(self.uni_rep.code_ids):
+                raise ValueError(f"codes of shape {tuple(grid.shape)}: accepted is (rows, cols) of existing codes")
+        pictures: list[Any] = [None] * len(codes)
+        for chunk in _chunks(codes, px=self.size_unit_px // self.codes_per_size_unit):
+            pixels = self._decode_codes(torch.stack([codes[i] for i in chunk]))
+            for i, picture in zip(chunk, self.image_processor.postprocess(pixels), strict=True):
+                pictures[i] = picture
+        return pictures
+
+    def decode_image(self, codes: Any) -> Image.Image:
+        """The picture of codes (rows, cols)."""
+        return self.decode_images([codes])[0]
+
+    @torch.no_grad()
+    def _encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(batch, 3, height_px, width_px) in [-1, 1] -> codes (batch, rows, cols)."""
+        latents = self.vqvae.encode(pixels.to(self._vq_device, self.vqvae.dtype)).latents.movedim(1, -1).float()
+        codebook = self.vqvae.quantize.embedding.weight.float()
+        return torch.cdist(latents.flatten(0, 2), codebook).argmin(-1).view(latents.shape[:3]).cpu()
+
+    @torch.no_grad()
+    def _decode_codes(self, codes: Tensor) -> Tensor:
+        """(batch, rows, cols) -> pixels (batch, 3, height_px, width_px) in about [-1, 1]."""
+        shape = (*codes.shape, self.vqvae.quantize.embedding.embedding_dim)
+        return self.vqvae.decode(codes.to(self._vq_device), force_not_quantize=True, shape=shape).sample
+
+    @property
+    def _vq_device(self):
+        hook = getattr(self.vqvae, "_hf_hook", None)  # with CPU offload the weights are elsewhere until the call
+        return getattr(hook, "execution_device", None) or self.vqvae.device
+
+    # Text and pictures -> ids
+
+    def __call__(
+        self,
+        text: str | Sequence[str],
+        images: Any = None,
+        height: int | Sequence[int | None] | None = None,
+        width: int | Sequence[int | None] | None = None,
+        target_px: int | None = None,
+        return_tensors: str | None = "pt",
+        padding: bool = True,
+    ) -> BatchFeature:
+        """Prompts -> ids, padded on the left.
+
+        Args:
+            text: prompts. A plain string is one user turn; one that `apply_chat_template` rendered is taken verbatim.
+            images: one for each `<|image|>`, in order, flat or nested by text. Pictures without any placeholder go to
+                the front, each followed by a space.
+            height, width: pixels of the picture to draw, for all or one a text: its start and size tokens are forced.
+            target_px: side of the square whose area input pictures are cropped to.
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (batch, length).
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        images = _images_by_text(texts, images)
+        sizes = zip(_per_text(height, len(texts)), _per_text(width, len(texts)), strict=True)
+        codes = iter(self.encode_images(list(chain(*images)), target_px))
+        rows = []
+        for words, pictures, size in zip(texts, images, sizes, strict=True):
+            own = [next(codes) for _ in pictures]
+            ids = self._rendered_ids(words, own) if self._is_rendered(words) else self._turn_ids([words], own)[0]
+            rows.append(ids + self._size_prefix(*size))
+        return self._batch(rows, return_tensors, padding)
+
+    def apply_chat_template(
+        self,
+        conversation,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = False,
+        return_assistant_tokens_mask: bool = False,
+        continue_final_message: bool = False,
+        add_generation_prompt: bool = False,
+        return_tensors: str | None = "pt",
+        images: Any = None,
+        processor_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        """Messages -> text, or with `tokenize` ids, in which only the template itself writes control tokens.
+
+        Args:
+            conversation: messages, or a list of conversations. Content is a string or a list of `{"type": "text",
+                "text": ...}` and `{"type": "image", "image": ...}`.
+            images: the pictures of items that hold none and of `<|image|>` in text; as in `__call__`.
+            return_assistant_tokens_mask: adds `assistant_masks`, 1 on answers and their end-of-turn.
+            continue_final_message: leave the last answer open.
+            add_generation_prompt: changes nothing: there are no role words.
+            processor_kwargs, kwargs: `height`, `width` and `target_px`, as in `__call__`.
+        """
+        if not tokenize:
+            return super().apply_chat_template(
+                conversation, chat_template, continue_final_message=continue_final_message, **kwargs
+            )
+        options = {**(processor_kwargs or {}), **kwargs}
+        is_batched = isinstance(conversation[0], list | tuple)
+        conversations = conversation if is_batched else [conversation]
+        given = options.pop("images", None) if images is None else images
+        given = [None] * len(conversations) if given is None else given if is_batched else [given]
+        sizes = zip(*(_per_text(options.get(side), len(conversations)) for side in ("height", "width")), strict=True)
+        rows, masks = [], []
+        for messages, extra, size in zip(conversations, given, sizes, strict=True):
+            turns = [super(LuminaMGPTProcessor, self).apply_chat_template([m], chat_template) for m in messages]
+            turns = [turn.removeprefix(self.bos_token).removesuffix(END_OF_TURN) for turn in turns]
+            codes = self.encode_images(_message_images(messages, extra), options.get("target_px"))
+            ids, is_answer = self._turn_ids(turns, codes, [message["role"] == "assistant" for message in messages])
+            prefix = self._size_prefix(*size)
+            rows.append((ids[:-1] if continue_final_message else ids) + prefix)
+            masks.append([int(answers) for answers in is_answer[: len(rows[-1]) - len(prefix)]] + [0] * len(prefix))
+        batch = self._batch(rows, return_tensors)
+        if return_assistant_tokens_mask:
+            batch["assistant_masks"] = self._batch(masks, return_tensors, pad_id=0)["input_ids"]
+        return batch if return_dict else batch["input_ids"]
+
+    def encode_conversation(
+        self,
+        turns: Sequence[str],
+        images: Any = (),
+        target_px: int | None = None,
+        random_crop: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> dict[str, list[int]]:
+        """A training record: ids and labels, with loss on answers and their end-of-turn only.
+
+        Args:
+            turns: user and assistant in turn, with `<|image|>` in place of pictures.
+            images: as in `__call__`.
+            target_px: side of the square whose area pictures are cropped to (512 unless the processor says otherwise).
+            random_crop, generator: as in `encode_images`.
+
+        Returns:
+            `input_ids` and `labels` (-100 where there is no loss), lists of the same length.
+        """
+        codes = self.encode_images(_flat(images), target_px, random_crop, generator)
+        ids, is_answer = self._turn_ids(turns, codes, [i % 2 == 1 for i in range(len(turns))])
+        labels = [i if answers else IGNORED_LABEL for i, answers in zip(ids, is_answer, strict=True)]
+        return {"input_ids": ids, "labels": labels}
+
+    def task_prompt(
+        self, task: str, prompt: str | None = None, height: int | None = None, width: int | None = None
+    ) -> str:
+        """The user's turn for a task, with `<|image|>` in place of the picture.
+
+        Args:
+            task: a key of `TASKS`; ValueError for others.
+            prompt: the user's words, where the task has room for any.
+            height, width: pixels of the picture to draw; text-to-image states them, if given.
+        """
+        if task not in TASKS:
+            raise ValueError(f"task {task!r}: accepted are {', '.join(TASKS)}")
+        template = self.task_templates.get(task, TASKS[task].template)
+        prompt = prompt or TASKS[task].default_prompt
+        if bool(prompt) != ("{prompt}" in template):
+            raise ValueError(f"task {task!r} takes {'no' if prompt else 'a'} prompt")
+        if height is None or width is None:
+            template = template.replace(" of {width}x{height}", "")
+        return template.format(prompt=prompt, height=height, width=width)
+
+    # Ids -> text and pictures
+
+    def split_ids(self, ids: Any) -> list[str | Tensor]:
+        """What a model said: text, and pictures as codes (rows, cols), in order; ValueError for a malformed picture.
+
+        Of a picture that was cut short, the finished rows remain.
+        """
+        ids = torch.as_tensor(ids).flatten().cpu()
+        parts: list[str | Tensor] = []
+        while len(ids):
+            start = _find(ids, self.uni_rep.start_id)
+            end = start + _find(ids[start:], self.uni_rep.end_id) + 1
+            text = self.tokenizer.decode(ids[:start], skip_special_tokens=True)
+            codes = self.uni_rep.decode(ids[start:end])
+            parts += [text] if text.strip() else []
+            parts += [codes] if codes.numel() else []
+            ids = ids[end:]
+        return parts
+
+    def decode_ids(self, ids: Any) -> list[str | Image.Image]:
+        """What a model said: text and PIL images, in order."""
+        parts = self.split_ids(ids)
+        pictures = iter(self.decode_images([part for part in parts if not isinstance(part, str)]))
+        return [part if isinstance(part, str) else next(pictures) for part in parts]
+
+    def post_process_multimodal_output(
+        self, generated_outputs, skip_special_tokens: bool = True, generation_mode: str | None = None, **kwargs
+    ):
+        """For transformers' "any-to-any" pipeline: the text of each row, or its last picture (None without)."""
+        if generation_mode != "image":
+            return super().post_process_multimodal_output(
+                generated_outputs, skip_special_tokens, generation_mode, **kwargs
+            )
+        rows = [[part for part in self.split_ids(ids) if not isinstance(part, str)][-1:] for ids in generated_outputs]
+        pictures = iter(self.decode_images(list(chain(*rows))))
+        return [next(pictures) if row else None for row in rows]
+
+    # The one path from text to ids
+
+    def _turn_ids(
+        self, turns: Sequence[str], images: Sequence[Tensor], is_answer: Sequence[bool] = (False,)
+    ) -> tuple[list[int], list[bool]]:
+        """Ids of a conversation, and for each whether it belongs to an answer."""
+        codes = iter(images)
+        ids, from_answer = [self.tokenizer.convert_tokens_to_ids(self.bos_token)], [False]
+        for turn, answers in zip(_with_placeholders(turns, len(images)), is_answer, strict=True):
+            own = self._text_ids(turn, codes, self._plain_ids)
+            ids += [*own, self.uni_rep.end_of_turn_id]
+            from_answer += [answers] * (len(own) + 1)
+        return ids, from_answer
+
+    def _rendered_ids(self, text: str, images: Sequence[Tensor]) -> list[int]:
+        """Ids of a rendered template, control tokens and all."""
+        (turns,) = _with_placeholders([text.removeprefix(self.bos_token)], len(images))
+        return self._text_ids(self.bos_token + turns, iter(images), self._control_ids)
+
+    def _is_rendered(self, text: str) -> bool:
+        return text.startswith(self.bos_token) and END_OF_TURN in text
+
+    def _text_ids(self, text: str, codes: Iterator[Tensor], text_to_ids: Callable[[str], list[int]]) -> list[int]:
+        first, *others = text.split(IMAGE)
+        ids = text_to_ids(first)
+        for words in others:
+            ids = ids + self.uni_rep.encode(next(codes)).tolist() + text_to_ids(words)
+        return ids
+
+    def _control_ids(self, text: str) -> list[int]:
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Ids of text in which the names of control tokens are mere words."""
+        backend = self.tokenizer.backend_tokenizer
+        text = backend.normalizer.normalize_str(text) if backend.normalizer else text
+        words = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
+        return [token.id for word, _ in words for token in backend.model.tokenize(word)]
+
+    def _size_prefix(self, height_px: int | None, width_px: int | None) -> list[int]:
+        if height_px is None and width_px is None:
+            return []
+        if height_px is None or width_px is None:
+            raise ValueError(f"height {height_px}, width {width_px}: give both or none")
+        return self.uni_rep.header(*self.uni_rep.grid(height_px, width_px))
+
+    def _batch(
+        self, rows: list[list[int]], return_tensors: str | None, padding: bool = True, pad_id: int | None = None
+    ) -> BatchFeature:
+        pad_id = self.tokenizer.convert_tokens_to_ids(self._pad_token) if pad_id is None else pad_id
+        missing = [max(map(len, rows)) - len(row) if padding else 0 for row in rows]
+        ids = [[pad_id] * num + row for num, row in zip(missing, rows, strict=True)]
+        mask = [[0] * num + [1] * len(row) for num, row in zip(missing, rows, strict=True)]
+        return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
+
+
+def is_codes(image: Any) -> bool:
+    """Whether an image is given as codes (rows, cols): a matrix of 32 or 64-bit integers."""
+    return isinstance(image, Tensor | np.ndarray) and image.ndim == 2 and str(image.dtype)[-5:] in ("int32", "int64")
+
+
+def _with_placeholders(turns: Sequence[str], num_images: int) -> list[str]:
+    """The turns, after a placeholder for each image at the front if there is none anywhere."""
+    num_places = sum(turn.count(IMAGE) for turn in turns)
+    if turns and not num_places:
+        return [f"{IMAGE} " * num_images + turns[0], *turns[1:]]
+    if num_places != num_images:
+        raise ValueError(f"{num_images} images for {num_places} placeholders {IMAGE}")
+    return list(turns)
+
+
+def _images_by_text(texts: Sequence[str], images: Any) -> list[list[Any]]:
+    """Each text's own images, from one image, a flat list or a list nested by text."""
+    if isinstance(images, list | tuple) and any(image is None or isinstance(image, list | tuple) for image in images):
+        if len(images) != len(texts):
+            raise ValueError(f"images for {len(images)} texts, but {len(texts)} texts")
+        return [_flat(own) for own in images]
+    images = _flat(images)
+    if len(texts) == 1 or not images:
+        return [images, *[[]] * (len(texts) - 1)]
+    places = [text.count(IMAGE) for text in texts]
+    places = places if any(places) else [1] * len(texts)
+    if sum(places) != len(images):
+        raise ValueError(f"{len(images)} images for {sum(places)} places in {len(texts)} texts")
+    left = iter(images)
+    return [list(islice(left, num)) for num in places]
+
+
+def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]:
+    """The images of messages in order; those that a message only has a place for come from `given`."""
+    found: list[Any] = []
+    left = iter(_flat(given))
+    for message in messages:
+        if message["role"] not in ("user", "assistant"):
+            raise ValueError(f"role {message['role']!r}: accepted are 'user' and 'assistant'")
+        content = message["content"]
+        for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            if item["type"] not in ("text", "image"):
+                raise ValueError(f"content of type {item['type']!r}: accepted are 'text' and 'image'")
+            held = [item[key] for key in ("image", "path", "url") if item.get(key) is not None]
+            num_places = 1 if item["type"] == "image" else item["text"].count(IMAGE)
+            found += held or islice(left, num_places)
+    return [*found, *left]
+
+
+def _flat(images: Any) -> list[Any]:
+    """One image, a stack of them, or a list, as a list."""
+    if images is None:
+        return []
+    if isinstance(images, list | tuple):
+        return list(chain(*map(_flat, images)))
+    return list(images) if isinstance(images, Tensor | np.ndarray) and images.ndim == 4 else [images]
+
+
+def _per_text(value: Any, num_texts: int) -> list[Any]:
+    values = list(value) if isinstance(value, list | tuple) else [value] * num_texts
+    if len(values) != num_texts:
+        raise ValueError(f"{len(values)} sizes for {num_texts} texts")
+    return values
+
+
+def _find(ids: Tensor, wanted: int) -> int:
+    """Position of an id, or the length where there is none."""
+    places = (ids == wanted).nonzero()
+    return int(places[0]) if len(places) else len(ids)
+
+
+def _chunks(tensors: Sequence[Tensor], px: int = 1) -> Iterator[list[int]]:
+    """Indices of tensors of one shape, as many as the VQ model may see at a time; `px` is an entry's side."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for i, tensor in enumerate(tensors):
+        by_shape.setdefault(tuple(tensor.shape[-2:]), []).append(i)
+    for (rows, cols), indices in by_shape.items():
+        size = max(1, CHUNK_PX // (rows * cols * px**2))
+        yield from (indices[i : i + size] for i in range(0, len(indices), size))
+
+
+LuminaMGPTProcessor.register_for_auto_class()
