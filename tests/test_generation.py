@@ -1,0 +1,211 @@
+"""Decoding: the reference's tokens, one row's result whatever its neighbours, and never a malformed grid."""
+
+import pytest
+import torch
+from golden_weights import build_golden_decoder, load_golden
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.generation_lumina_mgpt import entropy_top_k, gumbel_noise
+from modeling_lumina_mgpt.uni_rep import ImageLayout
+
+CHAMELEON_LAYOUT = ImageLayout(
+    start_id=8197,
+    end_id=8196,
+    end_of_line_id=8803,
+    end_of_turn_id=8710,
+    size_ids=list(range(8805, 8869)),
+    code_id_ranges=[[4, 8196]],
+    size_unit_px=32,
+    codes_per_size_unit=2,
+)
+SEEDS = range(4)
+
+
+@pytest.fixture(scope="module")
+def golden():
+    return load_golden("generation")["generation"]
+
+
+@pytest.fixture
+def model(tiny_config):
+    torch.manual_seed(0)
+    config = tiny_config(swin_norm=False, initializer_range=0.4)
+    return LuminaMGPTForConditionalGeneration(config).eval()
+
+
+@pytest.fixture
+def layout(model):
+    return ImageLayout(**model.config.image_layout)
+
+
+def prompts(processor):
+    return [
+        processor(text, return_tensors="pt") for text in ("a", "a red sphere and", "a blue", "a cube and a sphere")
+    ]
+
+
+def draw(model, inputs, seeds=None, **kwargs):
+    generator = [torch.Generator().manual_seed(s) for s in seeds] if seeds is not None else None
+    return model.generate(**inputs, generator=generator, **kwargs)
+
+
+def continuation(model, row, prompt_length):
+    """The new tokens of a returned row, padding left out."""
+    return [i for i in row[prompt_length:].tolist() if i != model.config.pad_token_id]
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_greedy_tokens_are_the_references(golden, index):
+    model = build_golden_decoder(golden[index], image_layout=CHAMELEON_LAYOUT.layout_dict())
+    for record in golden[index]["greedy"]:
+        output = model.generate(
+            torch.tensor([record["prompt_ids"]]),
+            guidance_scale=record["cfg"],
+            do_sample=False,
+            eos_token_id=CHAMELEON_LAYOUT.end_id,
+        )
+        assert output[0, len(record["prompt_ids"]) :].tolist() == record["new_ids"]
+
+
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_a_batch_row_equals_the_single_run(model, tiny_processor, do_sample, cache):
+    """Prompts of four lengths, four sizes (one free), four guidance scales."""
+    heights, widths, scales = [32, 16, 48, None], [32, 48, 16, None], [4.0, 1.0, 2.5, 3.0]
+    singles = []
+    for i, prompt in enumerate(prompts(tiny_processor)):
+        kwargs = {"guidance_scale": scales[i], "do_sample": do_sample, "max_new_tokens": 60}
+        output = draw(model, prompt, [i], height=heights[i], width=widths[i], **kwargs)
+        singles.append(continuation(model, output[0], prompt["input_ids"].shape[1]))
+    texts = [tiny_processor.decode(p["input_ids"][0, 1:-1]) for p in prompts(tiny_processor)]
+    batch = tiny_processor(texts, return_tensors="pt")
+    output = draw(
+        model,
+        batch,
+        SEEDS,
+        height=heights,
+        width=widths,
+        guidance_scale=scales,
+        do_sample=do_sample,
+        max_new_tokens=60,
+        **cache,
+    )
+    assert [continuation(model, row, batch["input_ids"].shape[1]) for row in output] == singles
+
+
+def test_sampling_never_breaks_the_grid(model, layout, tiny_processor):
+    """Free and forced images of untrained weights: whatever is drawn decodes, and the wanted sizes come first."""
+    batch = tiny_processor(["a", "b", "c", "d"], return_tensors="pt")
+    sizes = ([16, 32, 48, None], [64, 16, 32, None])
+    output = draw(model, batch, range(4), height=sizes[0], width=sizes[1], text_top_k=400, max_new_tokens=200)
+    for row, height, width in zip(output, *sizes, strict=True):
+        ids = continuation(model, row, batch["input_ids"].shape[1])
+        images = [part for part in tiny_processor.split_ids(ids) if isinstance(part, torch.Tensor)]
+        if height is not None:
+            assert images[0].shape == layout.grid(height, width)
+            assert ids[0] == layout.start_id
+
+
+def test_unconditional_branch_sees_the_image_only(model, layout, tiny_processor):
+    """At a huge scale the guided argmax is decided by the difference to a run that had no prompt at all."""
+    prompt = tiny_processor("a red sphere", height=32, width=32, return_tensors="pt")
+    header = prompt["input_ids"][:, -3:]
+    output = model.generate(**prompt, guidance_scale=3.0, do_sample=False, max_new_tokens=1)
+    conditional = model(**prompt).logits[:, -1]
+    unconditional = model(input_ids=header).logits[:, -1]
+    guided = unconditional + 3.0 * (conditional - unconditional)
+    codes = torch.arange(*layout.code_id_ranges[0])
+    assert output[0, -1] == codes[guided[0, codes].argmax()]
+
+
+def test_negative_prompt_is_the_unconditional_context(model, layout, tiny_processor):
+    prompt = tiny_processor("a red sphere", height=32, width=32, return_tensors="pt")
+    negative = tiny_processor("a blue cube and a sphere and a cube and a sphere", return_tensors="pt")
+    output = model.generate(
+        **prompt,
+        negative_prompt_ids=negative["input_ids"],
+        negative_prompt_attention_mask=negative["attention_mask"],
+        guidance_scale=3.0,
+        do_sample=False,
+        max_new_tokens=1,
+    )
+    conditional = model(**prompt).logits[:, -1]
+    unconditional = model(torch.cat([negative["input_ids"], prompt["input_ids"][:, -3:]], 1)).logits[:, -1]
+    guided = unconditional + 3.0 * (conditional - unconditional)
+    codes = torch.arange(*layout.code_id_ranges[0])
+    assert output[0, -1] == codes[guided[0, codes].argmax()]
+    assert output.shape[1] == prompt["input_ids"].shape[1] + 1
+
+
+def test_returned_sequences_have_seeds_of_their_own(model, tiny_processor):
+    prompt = tiny_processor(["a", "b"], height=32, width=32, return_tensors="pt")
+    output = draw(model, prompt, range(6), num_return_sequences=3, max_new_tokens=24)
+    alone = draw(model, tiny_processor(["a"], height=32, width=32, return_tensors="pt"), [2], max_new_tokens=24)
+    assert len({tuple(row.tolist()) for row in output}) == 6
+    assert torch.equal(output[2], alone[0])
+
+
+def test_callbacks_see_the_rows_drawn_so_far(model, tiny_processor):
+    seen = []
+
+    class Watch(StoppingCriteria):
+        def __call__(self, ids, scores, **kwargs):
+            seen.append(tiny_processor.uni_rep.decode(ids[0, prompt["input_ids"].shape[1] - 3 :]).shape[0])
+            return torch.full((len(ids),), len(seen) == 12)
+
+    class Stream:
+        tokens: list[int] = []  # noqa: RUF012
+
+        def put(self, ids):
+            self.tokens.extend(ids.flatten().tolist())
+
+        def end(self):
+            self.tokens.append(-1)
+
+    prompt = tiny_processor("a", height=32, width=32, return_tensors="pt")
+    output = model.generate(**prompt, stopping_criteria=StoppingCriteriaList([Watch()]), streamer=Stream())
+    assert seen == [0] * 4 + [1] * 5 + [2] * 3
+    assert Stream.tokens == [*output[0].tolist(), -1]
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"decoding": "jacobi"}, "'jacobi'; accepted are 'ar'"),
+        ({"height": 30, "width": 32}, "30"),
+        ({"height": 32}, "both or neither"),
+        ({"height": 160, "width": 160, "max_new_tokens": 50}, "50 are left"),
+        ({"guidance_scale": [1.0, 2.0]}, "2 values for 1 prompts"),
+        ({"image_temperature": 0.0}, "image_temperature is 0.0"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
+        ({"nonsense": 1}, "nonsense"),
+    ],
+)
+def test_bad_arguments_are_named(model, tiny_processor, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        model.generate(**tiny_processor("a", return_tensors="pt"), **kwargs)
+
+
+def test_specific_settings_win_over_stock_and_call_over_configuration(model):
+    model.generation_config.image_top_k, model.generation_config.guidance_scale = 7, 2.0
+    settings = model._decoding_settings(None, {"top_k": 3, "text_top_k": 9, "temperature": 0.5})
+    assert (settings.image_top_k, settings.text_top_k, settings.guidance_scale) == (3, 9, 2.0)
+    assert settings.image_temperature == settings.text_temperature == 0.5
+
+
+def test_noise_is_gumbel_and_reproducible():
+    noise = gumbel_noise(torch.arange(64) * 7919**4, torch.arange(64), 1024)
+    assert noise.mean() == pytest.approx(0.5772, abs=0.02)
+    assert noise.var() == pytest.approx(1.6449, abs=0.04)
+    again = gumbel_noise(torch.tensor([5 * 7919**4]), torch.tensor([5]), 2048)[0, :1024]
+    assert torch.equal(noise[5], again)
+    assert len(noise.unique()) > 0.99 * noise.numel()
+
+
+def test_entropy_top_k_follows_the_entropy():
+    scores = torch.stack([torch.zeros(4096), torch.linspace(0, 40, 4096)])
+    many, few = entropy_top_k(scores).tolist()
+    assert many == round(1 + 1999 / (1 + 2.718281828 ** (5 - 8.3178)))
+    assert few < many
