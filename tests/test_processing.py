@@ -4,20 +4,22 @@ import json
 import lzma
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
+from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {"lumina_mgpt": ("tokenizer", 2), "lumina_mgpt_2": ("tokenizer_2", 4), "pure": ("tokenizer_pure", 4)}
 
 
 def load(name):
-    return json.loads(lzma.open(GOLDEN / f"{name}.json.xz").read())
+    return json.loads(lzma.decompress((GOLDEN / f"{name}.json.xz").read_bytes()))
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +59,276 @@ def test_conversations_have_the_reference_ids_and_labels(family, monkeypatch):
         answer_codes(processor, monkeypatch, record["codes"])
         encoded = processor.encode_conversation(record["turns"], images, target_px)
         assert encoded == {"input_ids": record["input_ids"], "labels": record["labels"]}
+
+
+def test_prompts_have_the_reference_ids_as_messages_and_as_a_rendered_template(family, monkeypatch):
+    processor, golden = family
+    for record in golden["conversations"]:
+        turns, target_px = record["turns"][:-1], record.get("target", 512)
+        images = numbered_pictures(record["image_sizes"][: len(record["prompt_codes"])])
+        answer_codes(processor, monkeypatch, record["prompt_codes"])
+        messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+        ids = processor.apply_chat_template(messages, tokenize=True, images=images, target_px=target_px)
+        assert ids[0].tolist() == record["prompt_ids"]
+        rendered = processor.apply_chat_template(messages)
+        assert processor(rendered, images, target_px=target_px)["input_ids"][0].tolist() == record["prompt_ids"]
+
+
+def test_ids_of_codes_and_of_half_a_panel_are_the_reference_ones(family):
+    processor, golden = family
+    for code, id_ in golden.get("img2id", {}).items():
+        assert processor.uni_rep.code_ids[int(code)] == id_
+    if panel := golden.get("dual_panel"):
+        width_px, height_px = panel["upper_image_size"]
+        rows, cols = processor.uni_rep.grid(2 * height_px, width_px)
+        codes = torch.tensor(panel["codes"]).view(rows // 2, cols)
+        assert processor.uni_rep.encode(codes, rows=rows).tolist() == panel["given_ids"]
+
+
+def test_pictures_are_scaled_to_the_reference_sizes(golden):
+    image_processor = LuminaMGPTImageProcessor()
+    for choice in golden["lumina_mgpt"]["crop_choices"][::4]:
+        scaled = image_processor.resize_to_cover(Image.new("L", tuple(choice["size"])), *choice["bucket"])
+        assert scaled.size == tuple(choice["resized"])
+
+
+def picture(width_px=48, height_px=32, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height_px, width_px, 3), dtype=np.uint8))
+
+
+def test_pictures_in_a_batch_have_the_codes_that_they_have_alone(tiny_processor):
+    given = torch.zeros(2, 4, dtype=torch.long)
+    images = [picture(48, 32), picture(90, 31, 1), given, picture(48, 32, 2), picture(30, 100, 3)]
+    together = tiny_processor.encode_images(images)
+    for image, codes in zip(images, together, strict=True):
+        assert codes.equal(tiny_processor.encode_image(image))
+    pictures = tiny_processor.decode_images(together)
+    for codes, decoded in zip(together, pictures, strict=True):
+        assert decoded.size == (8 * codes.shape[1], 8 * codes.shape[0])
+        alone = np.asarray(tiny_processor.decode_image(codes), dtype=int)
+        assert abs(np.asarray(decoded, dtype=int) - alone).max() <= 1
+
+
+def test_the_vq_model_sees_bounded_chunks(tiny_processor, monkeypatch):
+    monkeypatch.setattr("modeling_lumina_mgpt.processing_lumina_mgpt.CHUNK_PX", 2 * 64 * 64)
+    sizes, encode = [], tiny_processor._encode_pixels
+
+    def spy(pixels):
+        sizes.append(len(pixels))
+        return encode(pixels)
+
+    monkeypatch.setattr(tiny_processor, "_encode_pixels", spy)
+    tiny_processor.encode_images([picture(64, 64)] * 5)
+    assert sizes == [2, 2, 1]
+
+
+def test_every_kind_of_picture_is_the_same_picture(tmp_path):
+    expected = picture()
+    array = np.asarray(expected)
+    expected.save(tmp_path / "picture.png")
+    data = (tmp_path / "picture.png").read_bytes()
+    chw = torch.from_numpy(array.copy()).movedim(-1, 0)
+    transparent = expected.convert("RGBA")
+    kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), data, array, array / 255, chw, chw / 255]
+    for image in [*kinds, transparent]:
+        assert np.array_equal(np.asarray(LuminaMGPTImageProcessor().load(image)), array)
+    transparent.putalpha(0)
+    assert (np.asarray(LuminaMGPTImageProcessor().load(transparent)) == 255).all()
+    assert np.array_equal(np.asarray(LuminaMGPTImageProcessor().load(array[..., 0])), array[..., [0, 0, 0]])
+
+
+@pytest.mark.parametrize(
+    ("image", "complaint"),
+    [
+        (b"no picture", "10 bytes: not a picture"),
+        (12, "of type int: accepted is a PIL image"),
+        (np.zeros((4, 4, 3)) - 1, r"float array from -1.0 to -1.0: accepted is \[0, 1\]"),
+        (np.zeros((4, 4, 3), np.int64), "array of int64"),
+        (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
+        (Image.new("RGB", (0, 5)), "0x5 px has no pixels"),
+        (torch.full((2, 2), 64), "codes 64 to 64"),
+        (torch.zeros(3, 2, dtype=torch.long), "3x2 codes"),
+    ],
+)
+def test_malformed_pictures_are_refused_with_what_is_accepted(tiny_processor, image, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        tiny_processor("What is this?", images=image)
+
+
+def test_pixels_return_rounded_or_truncated():
+    pixels = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0])[None, None, None].expand(1, 3, 1, 5)
+    truncated, rounded = (LuminaMGPTImageProcessor(flag).postprocess(pixels)[0] for flag in (False, True))
+    assert np.asarray(truncated)[0, :, 0].tolist() == [0, 0, 127, 255, 255]
+    assert np.asarray(rounded)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
+    exact = LuminaMGPTImageProcessor(round_pixels=True)
+    pixels = exact(picture(), [(48, 32)])["pixel_values"][0]
+    assert np.array_equal(np.asarray(exact.postprocess(pixels[None])[0]), np.asarray(picture()))
+
+
+def test_random_crops_follow_their_generator(tiny_processor):
+    def encode(seed):
+        generator = torch.Generator().manual_seed(seed)
+        return tiny_processor.encode_conversation(
+            ["Copy. <|image|>", "<|image|>"], [picture(200, 64)] * 2, random_crop=True, generator=generator
+        )
+
+    assert encode(0) == encode(0)
+    assert len({str(encode(seed)["input_ids"]) for seed in range(8)}) > 1
+
+
+def test_control_tokens_in_a_users_words_stay_text(tiny_processor):
+    words = "a<reserved08706>b<racm3:break><s></s>IMGIMGBZ<reserved08801>c"
+    messages = [
+        {"role": "user", "content": words},
+        {"role": "assistant", "content": [{"type": "text", "text": words}]},
+    ]
+    special = set(tiny_processor.tokenizer.all_special_ids) - {0}
+    routes = [
+        tiny_processor(words)["input_ids"][0].tolist()[:-1],
+        tiny_processor.encode_conversation([words])["input_ids"][:-1],
+        tiny_processor.apply_chat_template(messages[:1], tokenize=True)[0].tolist()[:-1],
+    ]
+    for ids in routes:
+        assert ids[0] == 0
+        assert not special & set(ids[1:])
+        assert tiny_processor.tokenizer.decode(ids[1:]) == words
+    ids = tiny_processor.apply_chat_template(messages, tokenize=True)[0].tolist()
+    assert ids.count(tiny_processor.uni_rep.end_of_turn_id) == 2
+
+
+def test_one_space_parts_words_and_pictures_in_messages(tiny_processor):
+    image, text = {"type": "image", "image": picture()}, {"type": "text", "text": " Which one? "}
+    cases = {
+        "<|image|> Which one? ": [image, text],
+        " Which one? <|image|>": [text, image],
+        "<|image|> <|image|> Which one? <|image|>": [image, image, text, image],
+        "<|image|>": [{"type": "text", "text": ""}, image],
+    }
+    for turn, content in cases.items():
+        messages = [{"role": "user", "content": content}]
+        assert tiny_processor.apply_chat_template(messages) == f"<s>{turn}<reserved08706>"
+        ids = tiny_processor.apply_chat_template(messages, tokenize=True)
+        assert ids.equal(tiny_processor(turn, [picture()] * turn.count("<|image|>"))["input_ids"])
+
+
+def test_assistant_masks_are_where_labels_are(tiny_processor):
+    turns, images = ["Draw <|image|> again.", "Here: <|image|>", "Thanks.", "Welcome."], [picture(), picture(seed=1)]
+    messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
+    record = tiny_processor.encode_conversation(turns, images)
+    options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    batch = tiny_processor.apply_chat_template(messages, images=images, **options)
+    assert batch["input_ids"][0].tolist() == record["input_ids"]
+    assert batch["assistant_masks"][0].bool().tolist() == [label != -100 for label in record["labels"]]
+    opened = tiny_processor.apply_chat_template(messages, images=images, continue_final_message=True, **options)
+    for name, rows in opened.items():
+        assert rows.equal(batch[name][:, :-1])
+
+
+def test_prompts_of_a_batch_are_padded_left_and_end_with_their_sizes(tiny_processor):
+    texts, images = ["a red sphere", "<|image|> a cube, a cone and <|image|>", "a"], [picture(), picture(seed=1)]
+    sizes = [(32, 64), (None, None), (16, 160)]
+    heights, widths = zip(*sizes, strict=True)
+    batch = tiny_processor(texts, images, height=list(heights), width=list(widths))
+    nested = tiny_processor(texts, [None, images, []], height=list(heights), width=list(widths))
+    assert batch["input_ids"].equal(nested["input_ids"])
+    rep = tiny_processor.uni_rep
+    for row, (text, own, (height, width)) in enumerate(zip(texts, [[], images, []], sizes, strict=True)):
+        ids = batch["input_ids"][row][batch["attention_mask"][row].bool()]
+        assert ids.equal(tiny_processor(text, own, height=height, width=width)["input_ids"][0])
+        assert batch["attention_mask"][row].sort().values.equal(batch["attention_mask"][row])
+        if height:
+            assert ids[-3:].tolist() == rep.header(*rep.grid(height, width))
+
+
+def test_pictures_without_a_place_come_first(tiny_processor):
+    images = [picture(), picture(seed=1)]
+    placed = tiny_processor(["<|image|> a", "<|image|> b"], images)
+    assert tiny_processor(["a", "b"], images)["input_ids"].equal(placed["input_ids"])
+    both = tiny_processor("<|image|> <|image|> a", images)["input_ids"]
+    assert tiny_processor("a", images)["input_ids"].equal(both)
+    assert tiny_processor("<s>a<reserved08706>", images)["input_ids"].equal(both)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda p: p("<|image|> <|image|>", picture()), "1 images for 2 placeholders"),
+        (lambda p: p("<|image|>"), "0 images for 1 placeholders"),
+        (lambda p: p(["a", "b", "c"], [picture()] * 2), "2 images for 3 places in 3 texts"),
+        (lambda p: p(["a", "b"], [[picture()]]), "images for 1 texts, but 2 texts"),
+        (lambda p: p("a", height=32), "height 32, width None: give both or none"),
+        (lambda p: p("a", height=40, width=32), "height 40 px: accepted are multiples of 16"),
+        (lambda p: p(["a", "b"], height=[32], width=32), "1 sizes for 2 texts"),
+        (lambda p: p.apply_chat_template([{"role": "system", "content": "a"}], tokenize=True), "role 'system'"),
+        (
+            lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=True),
+            "content of type 'video'",
+        ),
+        (lambda p: p.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image, caption"),
+        (lambda p: p.task_prompt("edit"), "task 'edit' takes a prompt"),
+        (lambda p: p.task_prompt("depth", "a"), "task 'depth' takes no prompt"),
+    ],
+)
+def test_bad_requests_are_refused_with_what_is_accepted(tiny_processor, call, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        call(tiny_processor)
+
+
+def test_text_and_pictures_come_back_in_order_and_unfinished_ones_in_part(tiny_processor):
+    codes = [tiny_processor.encode_image(picture(seed=seed)) for seed in range(2)]
+    ids = tiny_processor("Is it <|image|> or <|image|> ?", codes)["input_ids"][0]
+    first, image, between, other, last = tiny_processor.split_ids(ids)
+    assert (first, between, last) == ("Is it ", " or ", " ?")
+    assert image.equal(codes[0])
+    assert other.equal(codes[1])
+    start = int((ids == tiny_processor.uni_rep.start_id).nonzero()[0])
+    cols = codes[0].shape[1]
+    *_, text, part = tiny_processor.decode_ids(ids[: start + 3 + 2 * (cols + 1) + 3])
+    assert (text, part.size) == ("Is it ", (8 * cols, 16))
+    assert tiny_processor.decode_ids(ids[: start + 2]) == ["Is it "]
+    pictures = tiny_processor.post_process_multimodal_output([ids, ids[:start]], generation_mode="image")
+    assert np.array_equal(np.asarray(pictures[0]), np.asarray(tiny_processor.decode_image(codes[1])))
+    assert pictures[1] is None
+    assert tiny_processor.post_process_multimodal_output([ids[:start]]) == ["Is it "]
+
+
+def test_every_task_has_a_prompt_with_a_place_for_its_picture(tiny_processor):
+    for name, task in TASKS.items():
+        prompt = "a {red} cube" if "{prompt}" in task.template else None
+        turn = tiny_processor.task_prompt(name, prompt, height=32, width=48)
+        assert turn.count("<|image|>") == task.needs_image
+        assert prompt is None or prompt in turn
+    sized = tiny_processor.task_prompt("text-to-image", "a cube", height=32, width=48)
+    assert sized == "Generate an image of 48x32 according to the following prompt:\na cube"
+    unsized = tiny_processor.task_prompt("text-to-image", "a cube")
+    assert unsized == "Generate an image according to the following prompt:\na cube"
+
+
+def test_a_saved_processor_comes_back_with_its_vq_model(tiny_processor, tiny_vqvae, tmp_path):
+    tiny_processor.task_templates = {"segmentation": "Segmentic segmentation. <|image|>"}
+    tiny_processor.save_pretrained(tmp_path)
+    loaded = LuminaMGPTProcessor.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="has no VQ model in vqvae/"):
+        loaded("What?", images=picture())
+    tiny_vqvae.save_pretrained(tmp_path / "vqvae")
+    again = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    for processor in (loaded, again):
+        assert processor("What?", picture())["input_ids"].equal(tiny_processor("What?", picture())["input_ids"])
+        for name in ("chat_template", "size_unit_px", "codes_per_size_unit", "target_px"):
+            assert getattr(processor, name) == getattr(tiny_processor, name)
+        assert processor.task_prompt("segmentation") == "Segmentic segmentation. <|image|>"
+    assert tiny_processor.vqvae is tiny_vqvae
+
+
+def test_a_vq_model_of_another_scale_is_refused(tiny_processor):
+    tiny_processor.codes_per_size_unit = 4
+    with pytest.raises(ValueError, match="8 px per code: this processor's layout wants 4"):
+        tiny_processor.vqvae = tiny_processor._vqvae
+
+
+def test_a_missing_placeholder_is_added_to_the_tokenizer(tiny_tokenizer):
+    backend = json.loads(tiny_tokenizer.backend_tokenizer.to_str())
+    backend["added_tokens"] = [token for token in backend["added_tokens"] if token["content"] != "<|image|>"]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(backend)), bos_token="<s>")
+    processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, size_unit_px=16)
+    assert processor.image_token_id == len(tokenizer) - 1
