@@ -1,24 +1,22 @@
 """Tabletop: the synthetic world that the default checkpoint is trained and judged on.
 
-A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through a pinhole
-camera. It is sampled from a seed, rendered by exact ray casting in torch, batch by batch, and known completely:
+A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through a
+pinhole camera. It is sampled from a seed, rendered by exact ray casting in torch, batch by batch, and known completely:
 RGB, depth, surface normals, segmentation, boxes, outline and sentences that describe it.
 
-Axes: x right, y up, z away from the viewer; the table is y = 0; lengths are in table units (a large object is 1.64 wide).
-Train and test scenes are disjoint by construction: `HELD_OUT` combinations of shape, color and size never occur in training,
-and neither do sentences whose hash falls into the test share.
+Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 1.64 table units wide.
+Train and test scenes are disjoint by construction: `HELD_OUT` combinations of shape, color and size never occur in
+training, and neither do sentences whose hash falls into the test share.
 """
 
 import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-import numpy as np
 import torch
 from PIL import Image
-
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
 SIZES = {"small": 0.54, "large": 0.82}  # half the width
@@ -46,9 +44,7 @@ TARGET = (0.5, 7.2)  # (y, z) of the point that the camera looks at
 NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
 
 # One combination of shape, color and size for each color, two for each shape: seen in the test split only.
-HELD_OUT = frozenset(
-    (SHAPES[i % 4], color, ("small", "large")[(i // 4 + i) % 2]) for i, color in enumerate(COLORS)
-)
+HELD_OUT = frozenset((SHAPES[i % 4], color, ("small", "large")[(i // 4 + i) % 2]) for i, color in enumerate(COLORS))
 
 
 @dataclass(frozen=True)
@@ -127,11 +123,13 @@ class Rendering:
         boxes = []
         for index in range(1, int(self.segmentation[row].max()) + 1):
             ys, xs = torch.nonzero(self.segmentation[row] == index, as_tuple=True)
-            boxes.append((int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0))
+            boxes.append(
+                (int(xs.min()), int(ys.min()), int(xs.max()) + 1, int(ys.max()) + 1) if len(xs) else (0, 0, 0, 0)
+            )
         return boxes
 
 
-# --- sampling ---------------------------------------------------------------------------------------------------------
+# --- sampling --------------------------------------------------------------------------------------------------------
 
 
 def sample_scene(
@@ -169,6 +167,7 @@ def sample_scene(
 
 def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
     """Free draws, and in a third of the scenes one kind of object repeated, so that counting has something to count."""
+
     def draw() -> tuple[str, str, str]:
         return rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(SIZES))
 
@@ -191,7 +190,9 @@ def _place(rng, combinations, camera_height, width_px, height_px) -> list[SceneO
         reach = max(half_w * z / FOCAL_LENGTH - SIZES[size], 0.05)
         candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.uniform(0, math.pi / 2))
         box = _projected_box(candidate, camera_height)
-        inside = -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
+        inside = (
+            -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
+        )
         if inside and all(_compatible(candidate, box, o, b) for o, b in zip(objects, boxes)):
             objects.append(candidate)
             boxes.append(box)
@@ -235,7 +236,7 @@ def _projected_box(o: SceneObject, camera_height: float) -> tuple[float, float, 
     return min(us), min(vs), max(us), max(vs)
 
 
-# --- sentences --------------------------------------------------------------------------------------------------------
+# --- sentences -------------------------------------------------------------------------------------------------------
 
 OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image showing ")
 NUMBER_WORDS = ("no", "one", "two", "three", "four")
@@ -324,11 +325,37 @@ def _phrase(mention: tuple[int, str | None, str | None, str | None]) -> str:
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
 
 
+def edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
+    """An instruction and the scene after it: one object removed or given another color."""
+    index = rng.randrange(len(scene.objects))
+    target = scene.objects[index]
+    name = f"the {target.color} {target.shape}"
+    if len(scene.objects) > 1 and rng.random() < 0.5:
+        objects = scene.objects[:index] + scene.objects[index + 1 :]
+        return f"Remove {name}.", replace(scene, objects=objects)
+    color = rng.choice([c for c in COLORS if c != target.color])
+    objects = (*scene.objects[:index], replace(target, color=color), *scene.objects[index + 1 :])
+    return f"Make {name} {color}.", replace(scene, objects=objects)
+
+
+def question(scene: Scene, rng: random.Random) -> tuple[str, str]:
+    """A question about the scene and its answer."""
+    shapes = [o.shape for o in scene.objects]
+    single = [o for o in scene.objects if shapes.count(o.shape) == 1]
+    if single and rng.random() < 0.6:
+        asked = rng.choice(single)
+        return f"What color is the {asked.shape}?", asked.color
+    if rng.random() < 0.5:
+        return "How many objects are there?", NUMBER_WORDS[len(shapes)]
+    shape = rng.choice(SHAPES)
+    return f"How many {shape}s are there?", NUMBER_WORDS[shapes.count(shape)]
+
+
 def _join(phrases: Sequence[str]) -> str:
     return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
 
 
-# --- rendering --------------------------------------------------------------------------------------------------------
+# --- rendering -------------------------------------------------------------------------------------------------------
 
 
 def render(scenes: Sequence[Scene], width_px: int, height_px: int, maps: bool = False) -> Rendering:
@@ -369,9 +396,9 @@ def _light_directions(scenes: Sequence[Scene], sample: int) -> torch.Tensor:
     """Unit vectors toward the light `(batch, 1, 3)`; the four samples are the corners of a square lamp."""
     azimuth = torch.tensor([s.light_azimuth for s in scenes]) + (0.09, -0.09, -0.05, 0.05)[sample]
     elevation = torch.tensor([s.light_elevation for s in scenes]) + (0.05, -0.05, 0.09, -0.09)[sample]
-    return torch.stack(
-        [elevation.cos() * azimuth.sin(), elevation.sin(), -elevation.cos() * azimuth.cos()], -1
-    )[:, None]
+    return torch.stack([elevation.cos() * azimuth.sin(), elevation.sin(), -elevation.cos() * azimuth.cos()], -1)[
+        :, None
+    ]
 
 
 def _shade(scenes, origin, directions, sample) -> torch.Tensor:
@@ -449,10 +476,14 @@ def _occluded(scenes, points, directions) -> torch.Tensor:
     return blocked
 
 
-def _object_hits(scenes, origins, directions) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
+def _object_hits(
+    scenes, origins, directions
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """For each shape: scene rows, object slots (from 1), distances `(objects, rays)` and world normals."""
     for shape, hit in _HITS.items():
-        found = [(r, s + 1, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects) if o.shape == shape]
+        found = [
+            (r, s + 1, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects) if o.shape == shape
+        ]
         if not found:
             continue
         rows = torch.tensor([r for r, _, _ in found])
@@ -491,7 +522,7 @@ def _hit_cube(o, d, radius, height):
     half = torch.stack([0.85 * radius, height / 2, 0.85 * radius], -1)
     o = o - torch.stack([torch.zeros_like(radius), height / 2, torch.zeros_like(radius)], -1)
     inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
-    near = (-o * inverse - half * inverse.abs())
+    near = -o * inverse - half * inverse.abs()
     far = (-o * inverse + half * inverse.abs()).amin(-1)
     t, axis = near.max(-1)
     t = t.masked_fill((t > far) | (t < 1e-3), torch.inf)
@@ -540,7 +571,7 @@ def _finite_normal(vector, t) -> torch.Tensor:
 _HITS = {"sphere": _hit_sphere, "cube": _hit_cube, "cylinder": _hit_cylinder, "cone": _hit_cone}
 
 
-# --- pictures of the maps ---------------------------------------------------------------------------------------------
+# --- pictures of the maps --------------------------------------------------------------------------------------------
 
 
 def to_image(rgb: torch.Tensor) -> Image.Image:
@@ -558,7 +589,13 @@ def normal_image(normals: torch.Tensor) -> torch.Tensor:
     return (normals + 1) / 2
 
 
-SEGMENT_COLORS = {"background": (0.0, 0.0, 0.0), "sphere": (1.0, 0.2, 0.2), "cube": (0.2, 0.9, 0.2), "cylinder": (0.25, 0.35, 1.0), "cone": (1.0, 0.9, 0.1)}
+SEGMENT_COLORS = {
+    "background": (0.0, 0.0, 0.0),
+    "sphere": (1.0, 0.2, 0.2),
+    "cube": (0.2, 0.9, 0.2),
+    "cylinder": (0.25, 0.35, 1.0),
+    "cone": (1.0, 0.9, 0.1),
+}
 
 
 def segmentation_image(segmentation: torch.Tensor, scene: Scene) -> torch.Tensor:
@@ -567,7 +604,11 @@ def segmentation_image(segmentation: torch.Tensor, scene: Scene) -> torch.Tensor
     return palette[segmentation]
 
 
-# --- datasets ---------------------------------------------------------------------------------------------------------
+# --- datasets --------------------------------------------------------------------------------------------------------
+
+
+MAPS = ("depth", "normal", "segmentation")
+RENDER_BATCH = 32
 
 
 def tabletop_records(
@@ -577,17 +618,13 @@ def tabletop_records(
 
     Args:
         sizes: (width_px, height_px) to choose from.
-        maps: also give "depth", "normal" and "segmentation" pictures.
+        maps: also give "depth", "normal", "segmentation" and "edited" pictures.
 
     Yields:
-        "image" (PIL), "caption", "scene" (a `Scene`), and the maps (PIL).
+        "image" (PIL), "caption", "question", "answer", "instruction", "scene" (a `Scene`), and the maps (PIL).
     """
     for start in range(0, len(indices), RENDER_BATCH):
         yield from _render_records(indices[start : start + RENDER_BATCH], sizes, seed, split, maps)
-
-
-RENDER_BATCH = 32
-MAPS = ("depth", "normal", "segmentation")
 
 
 def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
@@ -597,14 +634,19 @@ def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
         rng = random.Random(f"{seed}/{split}/{index}")
         size = rng.choice(sizes)
         scene = sample_scene(rng, *size, split=split)
-        records.append({"scene": scene, "caption": describe(scene, rng, split).text})
-        by_size.setdefault(size, []).append(records[-1])
-    for (width_px, height_px), group in by_size.items():
-        rendering = render([r["scene"] for r in group], width_px, height_px, maps)
+        record = {"scene": scene, "caption": describe(scene, rng, split).text}
+        record["question"], record["answer"] = question(scene, rng)
+        record["instruction"], record["edited_scene"] = edit(scene, rng)
+        records.append(record)
+        by_size.setdefault(size, []).append(record)
+    for size, group in by_size.items():
+        rendering = render([r["scene"] for r in group], *size, maps)
+        edited = render([r["edited_scene"] for r in group], *size) if maps else None
         for row, record in enumerate(group):
             record["image"] = to_image(rendering.rgb[row])
-            if maps:
+            if edited is not None:
                 record["depth"] = to_image(depth_image(rendering.depth[row]))
                 record["normal"] = to_image(normal_image(rendering.normals[row]))
                 record["segmentation"] = to_image(segmentation_image(rendering.segmentation[row], record["scene"]))
+                record["edited"] = to_image(edited.rgb[row])
     return records

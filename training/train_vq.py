@@ -2,9 +2,9 @@
 
     lumina-mgpt train training/recipes/tabletop/vq.yaml
 
-The model is a plain `diffusers.VQModel`. First an autoencoder without a codebook, then, from k-means centers of its latents, the
-quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and whose unused codes are
-moved onto latents of the current batch. The run resumes from its last state.
+The model is a plain `diffusers.VQModel`. First an autoencoder without a codebook, then, from k-means centers of its
+latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and whose
+unused codes are moved onto latents of the current batch. The run resumes from its last state.
 """
 
 import json
@@ -85,7 +85,7 @@ class Codebook:
 
 
 def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
-    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and the three maps. Rendered once, then read from disk."""
+    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and the three maps. Rendered once, then kept on disk."""
     pools = []
     for entry in recipe.pictures:
         size_px, num_scenes = entry["size_px"], entry["scenes"]
@@ -157,7 +157,9 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            print(f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True)
+            print(
+                f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True
+            )
         if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
             _save(output_dir, step + 1, model, codebook, optimizer)
     scores = evaluate(model.eval(), recipe)
@@ -179,7 +181,9 @@ def _loss(model: VQModel, codebook: Codebook, pixels: torch.Tensor, recipe: VQRe
 
 
 @torch.no_grad()
-def _latents(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, device: str, batches: int = 30) -> torch.Tensor:
+def _latents(
+    model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, device: str, batches: int = 30
+) -> torch.Tensor:
     rng = np.random.default_rng(recipe.seed)
     found = [model.encode(sample_batch(pools, recipe, rng).to(device)).latents for _ in range(batches)]
     return torch.cat([z.movedim(1, -1).reshape(-1, z.shape[1]) for z in found])
@@ -187,7 +191,12 @@ def _latents(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, device: 
 
 def _save(output_dir: Path, step: int, model: VQModel, codebook: Codebook, optimizer) -> None:
     """One file, replaced atomically, so that a killed run resumes from a whole state."""
-    state = {"step": step, "model": model.state_dict(), "codebook": codebook.state(), "optimizer": optimizer.state_dict()}
+    state = {
+        "step": step,
+        "model": model.state_dict(),
+        "codebook": codebook.state(),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(state, output_dir / "state.part")
     (output_dir / "state.part").rename(output_dir / "state.pt")
 
@@ -206,7 +215,7 @@ def _resume(output_dir: Path, model: VQModel, codebook: Codebook, optimizer) -> 
 
 @torch.no_grad()
 def evaluate(model: VQModel, recipe: VQRecipe, num_scenes: int = 200, size_px: int = 64) -> dict[str, float]:
-    """PSNR (dB) and SSIM of each kind of picture at 64 x 64 on test scenes, and the share and perplexity of used codes."""
+    """PSNR (dB) and SSIM of each kind of picture of test scenes, and how many codes are in use."""
     device = model.device
     records = list(tabletop_records(range(num_scenes), [(size_px, size_px)], recipe.seed, split="test"))
     scores: dict[str, float] = {}
@@ -233,6 +242,7 @@ def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
 
 def ssim(output: torch.Tensor, target: torch.Tensor, window: int = 7) -> float:
     """Structural similarity (Wang et al. 2004) with a uniform window, for values in [-1, 1]."""
+
     def mean(x: torch.Tensor) -> torch.Tensor:
         return F.avg_pool2d(x, window, 1)
 
