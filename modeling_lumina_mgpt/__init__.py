@@ -4,25 +4,24 @@ Importing the package registers its classes with transformers' Auto classes, so 
 `trust_remote_code`. Folders on the Hub carry the sibling files but not this one.
 """
 
-from importlib import import_module
-from typing import Any
-
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
 )
 
-from .configuration_lumina_mgpt import LuminaMGPTConfig
-from .modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration, LuminaMGPTModel
+# By its file: older releases hide it from the top level where torchvision is missing.
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
-_LAZY = {
-    "LuminaMGPTImageProcessor": "image_processing_lumina_mgpt",
-    "LuminaMGPTProcessor": "processing_lumina_mgpt",
-    "UniRep": "uni_rep",
-}
+from .configuration_lumina_mgpt import LuminaMGPTConfig
+from .image_processing_lumina_mgpt import LuminaMGPTImageProcessor
+from .modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration, LuminaMGPTModel
+from .processing_lumina_mgpt import LuminaMGPTProcessor
+from .uni_rep import UniRep
+
 __all__ = [
     "LuminaMGPTConfig",
     "LuminaMGPTForConditionalGeneration",
@@ -31,14 +30,9 @@ __all__ = [
     "UniRep",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
-
-
 AutoConfig.register(LuminaMGPTConfig.model_type, LuminaMGPTConfig, exist_ok=True)
+AutoImageProcessor.register(LuminaMGPTConfig, LuminaMGPTImageProcessor, exist_ok=True)
+AutoProcessor.register(LuminaMGPTConfig, LuminaMGPTProcessor, exist_ok=True)
 AutoModel.register(LuminaMGPTConfig, LuminaMGPTModel, exist_ok=True)
 for auto_class in (AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM):
     auto_class.register(LuminaMGPTConfig, LuminaMGPTForConditionalGeneration, exist_ok=True)

@@ -18,11 +18,12 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
+    AutoProcessor,
     DynamicCache,
     StaticCache,
 )
 
-from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor
 from modeling_lumina_mgpt.configuration_lumina_mgpt import AUTO_MAP
 from modeling_lumina_mgpt.modeling_lumina_mgpt import language_losses
 
@@ -267,6 +268,12 @@ def test_config_round_trips_with_every_auto_class(tmp_path, no_warnings):
 @pytest.mark.parametrize("auto_class", [AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForMultimodalLM])
 def test_registered_auto_classes_build_the_model(auto_class):
     assert type(auto_class.from_config(tiny_config())) is LuminaMGPTForConditionalGeneration
+
+
+def test_registered_processor_loads_without_trusting_remote_code(tiny_processor, tmp_path):
+    tiny_config().save_pretrained(tmp_path)
+    tiny_processor.save_pretrained(tmp_path)
+    assert type(AutoProcessor.from_pretrained(tmp_path)) is LuminaMGPTProcessor
 
 
 @pytest.mark.slow
