@@ -140,7 +140,6 @@ class LuminaMGPTProcessor(ProcessorMixin):
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         kwargs.setdefault("trust_remote_code", True)
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        processor = processor[0] if isinstance(processor, tuple) else processor
         processor._source = str(pretrained_model_name_or_path), hub
         return processor
 
@@ -160,15 +159,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     @vqvae.setter
     def vqvae(self, vqvae):
-        if vqvae is not None:
-            factor, wanted = (
-                2 ** (len(vqvae.config.block_out_channels) - 1),
-                self.size_unit_px / self.codes_per_size_unit,
-            )
-            if factor != wanted:
-                raise ValueError(f"a VQ model with {factor} px per code: this processor's layout wants {wanted:g}")
-            vqvae = vqvae.eval().requires_grad_(False)
-        self._vqvae = vqvae
+        px, wanted_px = 2 ** (len(vqvae.config.block_out_channels) - 1), self.size_unit_px / self.codes_per_size_unit
+        if px != wanted_px:
+            raise ValueError(f"a VQ model with {px} px per code: this processor's layout wants {wanted_px:g}")
+        self._vqvae = vqvae.eval().requires_grad_(False)
 
     def _load_vqvae(self):
         from diffusers import VQModel
@@ -498,7 +492,8 @@ def _images_by_text(texts: Sequence[str], images: Any) -> list[list[Any]]:
     if len(texts) == 1 or not images:
         return [images, *[[]] * (len(texts) - 1)]
     places = [text.count(IMAGE) for text in texts]
-    places = places if any(places) else [1] * len(texts)
+    if sum(places) != len(images):
+        places = [max(num, 1) for num in places]
     if sum(places) != len(images):
         raise ValueError(f"{len(images)} images for {sum(places)} places in {len(texts)} texts")
     left = iter(images)

@@ -11,6 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
@@ -243,7 +244,8 @@ def test_prompts_of_a_batch_are_padded_left_and_end_with_their_sizes(tiny_proces
 def test_pictures_without_a_place_come_first(tiny_processor):
     images = [picture(), picture(seed=1)]
     placed = tiny_processor(["<|image|> a", "<|image|> b"], images)
-    assert tiny_processor(["a", "b"], images)["input_ids"].equal(placed["input_ids"])
+    for texts in (["a", "b"], ["a", "<|image|> b"]):
+        assert tiny_processor(texts, images)["input_ids"].equal(placed["input_ids"])
     both = tiny_processor("<|image|> <|image|> a", images)["input_ids"]
     assert tiny_processor("a", images)["input_ids"].equal(both)
     assert tiny_processor("<s>a<reserved08706>", images)["input_ids"].equal(both)
@@ -318,6 +320,41 @@ def test_a_saved_processor_comes_back_with_its_vq_model(tiny_processor, tiny_vqv
             assert getattr(processor, name) == getattr(tiny_processor, name)
         assert processor.task_prompt("segmentation") == "Segmentic segmentation. <|image|>"
     assert tiny_processor.vqvae is tiny_vqvae
+
+
+@pytest.mark.hub
+def test_a_processor_on_the_hub_takes_its_vq_model_from_its_own_revision(hub, tiny_processor, tiny_config, tmp_path):
+    repo_id, folder = hub.repo_id("processor"), tmp_path / "folder"
+    tiny_config().save_pretrained(folder)
+    tiny_processor.save_pretrained(folder)
+    tiny_processor.vqvae.save_pretrained(folder / "vqvae")
+    load = f"""
+        import numpy as np
+        from transformers import AutoProcessor
+        def codes(**revision):
+            processor = AutoProcessor.from_pretrained({repo_id!r}, trust_remote_code=True, **revision)
+            return processor.encode_image(np.zeros((32, 32, 3), np.uint8)).tolist()
+        print(codes(revision="v1"))
+    """
+    upload = f"""
+        from huggingface_hub import HfApi
+        api = HfApi()
+        api.create_repo({repo_id!r})
+        api.upload_folder(repo_id={repo_id!r}, folder_path="folder")
+        api.create_tag({repo_id!r}, tag="v1")
+        api.delete_folder("vqvae", {repo_id!r})
+    """
+    without = """
+        try:
+            codes()
+        except ValueError as error:
+            assert "no VQ model" in str(error), error
+        else:
+            raise AssertionError
+    """
+    expected = str(tiny_processor.encode_image(np.zeros((32, 32, 3), np.uint8)).tolist())
+    for code, env in ((upload + load + without, hub.env), (load, hub.env | {"HF_HUB_OFFLINE": "1"})):
+        assert run_python(code, env, tmp_path).strip() == expected
 
 
 def test_a_vq_model_of_another_scale_is_refused(tiny_processor):
