@@ -3,8 +3,8 @@
 It runs inside transformers' `generate`, which validates, prepares the cache and supplies the stopping criteria. What
 differs from stock: every row of a batch is in a state of its own (in text, or at some line and column of its image);
 guidance is the second half of one doubled batch, whose rows see only the tokens from their image's start on; what the
-grammar determines is not sampled; and every random number is a pure function of (row seed, position, token id), so that
-a row draws the same image whatever its neighbours, its cache and its device.
+grammar determines is not sampled; and every random number is a pure function of (row seed, position, token id), so
+that a row draws the same image whatever its neighbours, its cache and its device.
 """
 
 from dataclasses import dataclass, field
@@ -39,7 +39,7 @@ UNSUPPORTED = (
 
 @dataclass
 class DecodingSettings:
-    """What `generate` was asked for, defaults filled in. The fields in `PER_ROW` are scalars or one value per prompt."""
+    """What `generate` was asked for, defaults filled in. `PER_ROW` fields: a scalar, or one a prompt."""
 
     guidance_scale: Any = 4.0
     guidance_schedule: str | None = None
@@ -151,7 +151,7 @@ class RowState:
         self.length, self.room = self.length + 1, self.room - 1
 
     def decay_guidance(self) -> None:
-        """2.0's schedule: `s = max(4, s * (1 - n / (h * w)))` at every step of an image; `h`, `w` are twice the size tokens."""
+        """2.0's schedule: `s = max(4, s * (1 - n / (h * w)))` at each step; `h`, `w` are twice the size tokens."""
         unit = self.layout.codes_per_size_unit
         area = 4 * torch.div(self.rows, unit) * torch.div(self.cols, unit)
         decayed = (self.scale * (1 - (self.step - 1) / area.clamp(min=1))).clamp(min=MIN_DECAYED_SCALE)
@@ -181,13 +181,13 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         `stopping_criteria`, `logits_processor`, `cache_implementation`, ...):
 
         Args:
-            height, width: pixels of an image that each row must draw first, one for all or one per prompt (None: the model
-                decides whether to draw, and how large). Prompts that already end in size tokens need none.
-            guidance_scale: `l' + s (l - l')` on image codes; the unconditional scores `l'` see only the tokens from the
-                image's start on. One for all or one per prompt; 1 skips it.
+            height, width: pixels of an image that each row must draw first, one for all or one per prompt (None: the
+                model decides whether to draw, and how large). Prompts that already end in size tokens need none.
+            guidance_scale: `l' + s (l - l')` on image codes; the unconditional scores `l'` see only the tokens from
+                the image's start on. One for all or one per prompt; 1 skips it.
             guidance_schedule: None or "decay" (Lumina-mGPT 2.0).
-            image_top_k, text_top_k, image_temperature, text_temperature: sampling inside and outside of images; one for
-                all or one per prompt. Stock's `top_k` and `temperature` set both; `do_sample=False` is greedy.
+            image_top_k, text_top_k, image_temperature, text_temperature: sampling inside and outside of images; one
+                for all or one per prompt. Stock's `top_k` and `temperature` set both; `do_sample=False` is greedy.
             top_k_schedule: None or "entropy" (PURE: the flatter the scores, the more candidates).
             decoding: "ar".
             window: tokens drafted at a time by speculative decoding; "ar" has no use for it.
@@ -246,7 +246,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         return output
 
     def _decoding_settings(self, generation_config, kwargs: dict) -> DecodingSettings:
-        """Takes our arguments out of `kwargs`; what is not there comes from the generation configs, then from the defaults."""
+        """Takes our arguments out of `kwargs`; the others come from the generation configs, then from the defaults."""
         for name in UNSUPPORTED:
             if kwargs.get(name) not in (None, 1, 1.0):
                 raise ValueError(f"{name}={kwargs[name]!r} is not supported; sampling is by top_k and temperature.")
@@ -270,7 +270,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         layout = ImageLayout(**self.config.image_layout)
         heights, widths = _per_prompt(height, "height", num_prompts), _per_prompt(width, "width", num_prompts)
         grids = []
-        for height_px, width_px in zip(heights, widths):
+        for height_px, width_px in zip(heights, widths, strict=True):
             if (height_px is None) != (width_px is None):
                 raise ValueError(f"height={height_px} and width={width_px}: give both or neither.")
             grids += [layout.grid(height_px, width_px) if height_px is not None else (0, 0)] * copies
@@ -295,7 +295,7 @@ class _Decoder:
     )
 
     def add_negative_prompt(self, ids: Tensor, mask: Tensor, negative_ids: Tensor, negative_mask: Tensor | None):
-        """Lays each negative prompt right before its row's image, or at the prompt's end; pads on the left to make room."""
+        """Lays each negative prompt before its row's image, or at the prompt's end; pads on the left to make room."""
         if len(negative_ids) != len(ids):
             raise ValueError(f"{len(negative_ids)} negative prompts for {len(ids)} prompts.")
         negative_mask = torch.ones_like(negative_ids) if negative_mask is None else negative_mask
@@ -319,7 +319,8 @@ class _Decoder:
         state = self._start(input_ids, prompt_mask)
         branches = 2 if bool((state.given_scale != 1).any()) else 1
         negative_ids, negative_mask = self._negative(input_ids)
-        pad_id, scores_kept = generation_config.pad_token_id, []
+        pad_id = generation_config.pad_token_id
+        scores_kept: list[Tensor] = []
         finished = torch.zeros_like(state.step, dtype=torch.bool)
         if self.streamer is not None:
             self.streamer.put(input_ids.cpu())
@@ -364,17 +365,17 @@ class _Decoder:
         room = (self.model.config.max_position_embeddings - lengths).clamp(min=0)
         if self.max_new_tokens is not None:
             room = room.clamp(max=self.max_new_tokens)
-        wanted = tuple(x.to(ids.device) for x in self.wanted)
-        needed = torch.where(wanted[0] > 0, layout.num_tokens(*wanted), 0)
+        rows, cols = (x.to(ids.device) for x in self.wanted)
+        needed = torch.where(rows > 0, layout.num_tokens(rows, cols), 0)
         if bool((needed > room).any()):
             row = int((needed - room).argmax())
             raise ValueError(
-                f"row {row}: an image of {int(wanted[0][row])}x{int(wanted[1][row])} codes takes {int(needed[row])} tokens, and"
-                f" {int(room[row])} are left (context {self.model.config.max_position_embeddings}, prompt {int(lengths[row])},"
-                f" max_new_tokens {self.max_new_tokens})."
+                f"row {row}: an image of {int(rows[row])}x{int(cols[row])} codes takes {int(needed[row])} tokens, and"
+                f" {int(room[row])} are left (context {self.model.config.max_position_embeddings},"
+                f" prompt {int(lengths[row])}, max_new_tokens {self.max_new_tokens})."
             )
         scale = self._per_row("guidance_scale", ids.device).float()
-        return RowState.of_prompt(layout, ids, mask, wanted, room, scale)
+        return RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
 
     def _negative(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt ids as the unconditional branch has them, and which of them it always sees. (batch, length) each"""
@@ -398,7 +399,7 @@ class _Decoder:
         return outputs.logits[:, -1].float()
 
     def _guide(self, logits: Tensor, state: RowState) -> Tensor:
-        """Conditional and unconditional scores `(2 * batch, vocab)` to guided ones; codes only, and free of effect at scale 1."""
+        """Conditional and unconditional scores `(2 * batch, vocab)` to guided ones; on codes only."""
         conditional, unconditional = logits.chunk(2)
         if self.settings.guidance_schedule == "decay":
             state.decay_guidance()
@@ -450,7 +451,7 @@ class _Decoder:
 
 
 def entropy_top_k(scores: Tensor) -> Tensor:
-    """PURE's number of candidates for masked scores `(batch, vocab)`: from 1 to 2000 with their entropy in nats (2503.11073, 3.3)."""
+    """PURE's top-k for masked scores `(batch, vocab)`: 1 to 2000, growing with their entropy in nats. `(batch)`"""
     smallest, largest = ENTROPY_TOP_K
     log_law = scores.log_softmax(-1)
     entropy = -(log_law.exp() * log_law.masked_fill(log_law == -torch.inf, 0)).sum(-1)
@@ -488,7 +489,7 @@ def _draw_seeds(generator, num_rows: int, device) -> Tensor:
 
 
 def _draw(generator: torch.Generator | None, count: int) -> Tensor:
-    """`count` seeds on the CPU. A generator of another device lends its seed and offset to one of the CPU, and moves on."""
+    """`count` seeds on the CPU; a generator of another device is followed by its seed and offset, and moves on."""
     skipped, source = 0, generator
     if generator is not None and generator.device.type != "cpu":
         skipped = generator.get_offset() // 4

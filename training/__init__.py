@@ -1,1 +1,1 @@
-"""How the models are made: data, the VQ model, the supervised recipe and the scores. Installed as `modeling_lumina_mgpt.training`."""
+"""Training: recipes, mixtures, the VQ model, and Tabletop, the synthetic world of the default checkpoint."""

@@ -1,8 +1,8 @@
 """Tabletop: the synthetic world that the default checkpoint is trained and judged on.
 
-A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through a
-pinhole camera. It is sampled from a seed, rendered by exact ray casting in torch, batch by batch, and known completely:
-RGB, depth, surface normals, segmentation, boxes, outline and sentences that describe it.
+A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through
+a pinhole camera. It is sampled from a seed, rendered by exact ray casting in torch, batch by batch, and known
+completely: RGB, depth, surface normals, segmentation, boxes, outline and sentences that describe it.
 
 Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 1.64 table units wide.
 Train and test scenes are disjoint by construction: `HELD_OUT` combinations of shape, color and size never occur in
@@ -14,6 +14,7 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from PIL import Image
@@ -101,7 +102,7 @@ class Rendering:
         rgb: float in [0, 1], `(batch, height, width, 3)`.
         depth: distance along the viewing axis in table units, float `(batch, height, width)`, at most `FAR`.
         normals: unit vectors in camera axes (x right, y up, z toward the viewer), `(batch, height, width, 3)`.
-        segmentation: 0 for the background, else 1 + the index of the object in its scene, long `(batch, height, width)`.
+        segmentation: 0 for the background, else 1 + the object's index in its scene, long `(batch, height, width)`.
     """
 
     rgb: torch.Tensor
@@ -166,7 +167,7 @@ def sample_scene(
 
 
 def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """Free draws, and in a third of the scenes one kind of object repeated, so that counting has something to count."""
+    """Free draws; in a third of the scenes one kind of object repeated, so that counting has something to count."""
 
     def draw() -> tuple[str, str, str]:
         return rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(SIZES))
@@ -193,7 +194,7 @@ def _place(rng, combinations, camera_height, width_px, height_px) -> list[SceneO
         inside = (
             -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
         )
-        if inside and all(_compatible(candidate, box, o, b) for o, b in zip(objects, boxes)):
+        if inside and all(_compatible(candidate, box, o, b) for o, b in zip(objects, boxes, strict=True)):
             objects.append(candidate)
             boxes.append(box)
             if len(objects) == len(combinations):
@@ -232,14 +233,14 @@ def _projected_box(o: SceneObject, camera_height: float) -> tuple[float, float, 
         for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
         for y in (0.0, o.height)
     ]
-    us, vs = zip(*points)
+    us, vs = zip(*points, strict=True)
     return min(us), min(vs), max(us), max(vs)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
 
 OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image showing ")
-NUMBER_WORDS = ("no", "one", "two", "three", "four")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
 RELATION_MARGIN = {"x": 0.55, "z": 1.0}  # table units by which objects must differ before a sentence compares them
 
 
@@ -402,7 +403,7 @@ def _light_directions(scenes: Sequence[Scene], sample: int) -> torch.Tensor:
 
 
 def _shade(scenes, origin, directions, sample) -> torch.Tensor:
-    """Colors `(batch, pixels, 3)`: Lambert shading, a soft highlight, cast shadow and darkening where objects touch the table."""
+    """Colors `(batch, pixels, 3)`: Lambert shading, a soft highlight, cast shadow, darkening where objects stand."""
     distance, normals, index = _intersect(scenes, origin, directions)
     light = _light_directions(scenes, sample)
     points = origin + directions * distance[..., None].clamp(max=60.0)
@@ -453,7 +454,7 @@ def _maps(scenes, origin, directions):
 
 
 def _intersect(scenes, origin, directions):
-    """Nearest hit of each ray: distance `(batch, rays)` (inf for none), normal, and 1 + object index (0: table or nothing)."""
+    """Nearest hit of each ray: distance `(batch, rays)` (inf: none), normal, and 1 + object index (0: no object)."""
     batch, rays = directions.shape[:2]
     down = directions[..., 1]
     table = torch.where(down < -1e-6, -origin[..., 1] / down.clamp(max=-1e-6), torch.inf)
@@ -628,13 +629,13 @@ def tabletop_records(
 
 
 def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
-    records: list[dict] = []
+    records: list[dict[str, Any]] = []
     by_size: dict[tuple[int, int], list[dict]] = {}
     for index in indices:
         rng = random.Random(f"{seed}/{split}/{index}")
-        size = rng.choice(sizes)
-        scene = sample_scene(rng, *size, split=split)
-        record = {"scene": scene, "caption": describe(scene, rng, split).text}
+        width_px, height_px = size = rng.choice(sizes)
+        scene = sample_scene(rng, width_px, height_px, split=split)
+        record: dict[str, Any] = {"scene": scene, "caption": describe(scene, rng, split).text}
         record["question"], record["answer"] = question(scene, rng)
         record["instruction"], record["edited_scene"] = edit(scene, rng)
         records.append(record)
@@ -650,3 +651,13 @@ def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
                 record["segmentation"] = to_image(segmentation_image(rendering.segmentation[row], record["scene"]))
                 record["edited"] = to_image(edited.rgb[row])
     return records
+
+
+def tabletop_texts(num_scenes: int = 4000, seed: int = 0) -> list[str]:
+    """The world's language, to train a tokenizer on: captions, questions, answers and instructions."""
+    texts: list[str] = []
+    for index in range(num_scenes):
+        rng = random.Random(f"{seed}/train/{index}")
+        scene = sample_scene(rng, 64, 64)
+        texts += [describe(scene, rng).text, *question(scene, rng), edit(scene, rng)[0]]
+    return texts

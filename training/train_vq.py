@@ -3,8 +3,8 @@
     lumina-mgpt train training/recipes/tabletop/vq.yaml
 
 The model is a plain `diffusers.VQModel`. First an autoencoder without a codebook, then, from k-means centers of its
-latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and whose
-unused codes are moved onto latents of the current batch. The run resumes from its last state.
+latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and
+whose unused codes are moved onto latents of the current batch. The run resumes from its last state.
 """
 
 import json
@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+import yaml
 from diffusers import VQModel
 
 from .tabletop import MAPS, tabletop_records
@@ -85,7 +86,7 @@ class Codebook:
 
 
 def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
-    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and the three maps. Rendered once, then kept on disk."""
+    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and three maps. Rendered once, then kept on disk."""
     pools = []
     for entry in recipe.pictures:
         size_px, num_scenes = entry["size_px"], entry["scenes"]
@@ -133,6 +134,7 @@ def learning_rate_at(step: int, recipe: VQRecipe) -> float:
 def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
     """Runs (or resumes) the recipe, saves the model in `output_dir`, and returns it."""
     torch.manual_seed(recipe.seed)
+    torch.set_flush_denormal(True)  # Adam's fading moments become denormal, which slows a CPU several times over
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -162,9 +164,9 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
             )
         if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
             _save(output_dir, step + 1, model, codebook, optimizer)
-    scores = evaluate(model.eval(), recipe)
+    model.to(torch.bfloat16).save_pretrained(output_dir / "vqvae")
+    scores = evaluate(model.float().eval(), recipe)  # of the weights as saved
     print(json.dumps(scores))
-    model.save_pretrained(output_dir / "vqvae")
     (output_dir / "scores.json").write_text(json.dumps({"scores": scores, "recipe": asdict(recipe)}, indent=2) + "\n")
     return model
 
@@ -252,3 +254,10 @@ def ssim(output: torch.Tensor, target: torch.Tensor, window: int = 7) -> float:
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     score = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
     return score.mean().item()
+
+
+def main(recipe_path: str) -> None:
+    """Trains by a recipe file."""
+    values = yaml.safe_load(Path(recipe_path).read_text())
+    values.pop("trainer")
+    train(VQRecipe(**values))

@@ -1,0 +1,63 @@
+"""Weighted mixtures of datasets, as token ids with labels, kept on disk.
+
+Images become codes once; what is drawn anew at each epoch (the context drop) is the collator's work, in `sft.py`.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import Dataset, Features, List, Value, load_from_disk
+
+from .tabletop import tabletop_records
+from .tasks import TABLETOP_MAPS, tabletop_conversation
+
+TASKS_WITH_MAPS = {*TABLETOP_MAPS, "control", "edit"}
+MAX_ASPECT_RATIO = 2  # of Tabletop pictures: in a narrower frame four objects have no room
+FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "task": Value("string")})
+CHUNK = 64
+
+
+@dataclass
+class Mixture:
+    """What a stage trains on.
+
+    Attributes:
+        target_px: side of the square whose area pictures have; sizes are that area's buckets.
+        num_scenes: Tabletop scenes, each of which becomes one record.
+        tasks: task -> weight.
+        seed: of the scenes and of the choice of tasks.
+    """
+
+    target_px: int
+    num_scenes: int
+    tasks: dict[str, float] = field(default_factory=lambda: {"text-to-image": 1.0})
+    seed: int = 0
+
+
+def load_mixture(mixture: Mixture, processor, folder: str | Path) -> Dataset:
+    """The mixture's records (`input_ids`, `labels`, `task`), from `folder` if they are there, else made and saved."""
+    folder = Path(folder)
+    if not folder.exists():
+        made = Dataset.from_generator(
+            _records, features=FEATURES, gen_kwargs={"mixture": mixture, "processor": processor}, split="train"
+        )
+        made.save_to_disk(folder)
+    return load_from_disk(folder)
+
+
+def _records(mixture: Mixture, processor) -> Iterator[dict]:
+    sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= MAX_ASPECT_RATIO * min(s)]
+    names, weights = zip(*mixture.tasks.items(), strict=True)
+    for start in range(0, mixture.num_scenes, CHUNK):
+        indices = range(start, min(start + CHUNK, mixture.num_scenes))
+        rng = random.Random(f"{mixture.seed}/{start}")
+        maps = bool(TASKS_WITH_MAPS & mixture.tasks.keys())
+        records = tabletop_records(indices, sizes, mixture.seed, maps=maps)
+        tasks = rng.choices(names, weights, k=len(indices))
+        conversations = [tabletop_conversation(t, r, processor, rng) for t, r in zip(tasks, records, strict=True)]
+        codes = iter(processor.encode_images([i for _, images in conversations for i in images], mixture.target_px))
+        for task, (turns, images) in zip(tasks, conversations, strict=True):
+            ids = processor.encode_conversation(turns, [next(codes) for _ in images])
+            yield {**ids, "task": task}

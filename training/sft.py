@@ -1,0 +1,168 @@
+"""Supervised fine-tuning with TRL: FP-SFT, Omni-SFT, or a model from scratch, by recipe (arXiv 2408.02657, 2.3).
+
+    lumina-mgpt train training/recipes/tabletop/fp_sft_64.yaml
+
+A recipe names the folder to start from (or the shape of a new model), a mixture and the values of TRL's `SFTConfig`.
+The result is a Hub folder that every loader reads. A run that was stopped continues from its last checkpoint.
+"""
+
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from diffusers import VQModel
+from transformers import Trainer
+from transformers.trainer_utils import get_last_checkpoint
+from trl import SFTConfig, SFTTrainer
+
+from modeling_lumina_mgpt import (
+    LuminaMGPTConfig,
+    LuminaMGPTForConditionalGeneration,
+    LuminaMGPTImageProcessor,
+    LuminaMGPTProcessor,
+)
+from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
+
+from ..pipelines import LuminaMGPTPipeline
+from .mixture import Mixture, load_mixture
+from .tabletop import tabletop_texts
+from .train_tokenizer import build_tokenizer
+
+IGNORED_LABEL = -100
+
+
+@dataclass
+class SFTRecipe:
+    """One run.
+
+    Attributes:
+        output_dir: where the model goes; its training state is kept in `output_dir/trainer`.
+        mixture: the fields of `Mixture`.
+        sft: values of `SFTConfig` (and of `TrainingArguments`).
+        model: the Hub folder or repo to start from; None: a new model, shaped by `from_scratch`.
+        from_scratch: `vqvae` (folder), `tokenizer` (arguments of `build_tokenizer`), `processor` and `config` values.
+        context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
+        generation: defaults written to `generation_config.json`.
+    """
+
+    output_dir: str
+    mixture: dict[str, Any]
+    sft: dict[str, Any]
+    model: str | None = None
+    from_scratch: dict[str, Any] | None = None
+    context_drop: float = 0.1
+    generation: dict[str, Any] = field(default_factory=dict)
+
+
+class LuminaMGPTTrainer(SFTTrainer):
+    """TRL's trainer with the model's own loss, since TRL's fused head would leave the z-loss out."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs["use_cache"] = False
+        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
+        if self.model.training:
+            self._metrics["train"]["z_loss"].append(outputs.z_loss.item())
+        return (loss, outputs) if return_outputs else loss
+
+
+@dataclass
+class Collator:
+    """Pads records on the right to one length, after dropping the context of some.
+
+    Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
+    from that picture's start on are left, without the final end-of-turn.
+    """
+
+    pad_id: int
+    image_start_id: int
+    image_end_id: int
+    context_drop: float = 0.0
+
+    def __call__(self, records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        """`input_ids`, `labels` and `attention_mask`, int64 (batch, length)."""
+        pairs = [self._drop(list(r["input_ids"]), list(r["labels"])) for r in records]
+        length = max(len(ids) for ids, _ in pairs)
+        pad = [length - len(ids) for ids, _ in pairs]
+        batch = {
+            "input_ids": [ids + [self.pad_id] * n for (ids, _), n in zip(pairs, pad, strict=True)],
+            "labels": [labels + [IGNORED_LABEL] * n for (_, labels), n in zip(pairs, pad, strict=True)],
+            "attention_mask": [[1] * len(ids) + [0] * n for (ids, _), n in zip(pairs, pad, strict=True)],
+        }
+        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+    def _drop(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        if labels[-2] != self.image_end_id or random.random() >= self.context_drop:
+            return ids, labels
+        start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
+        return ids[start:-1], labels[start:-1]
+
+
+def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
+    """An untrained model with a tokenizer of its own around a trained VQ model."""
+    vqvae = VQModel.from_pretrained(shape["vqvae"])
+    num_codes = vqvae.config["num_vq_embeddings"]
+    sizes = range(16, 17 * 16, 16)
+    templates = [task.template.format(prompt="", width=s, height=s) for task in TASKS.values() for s in sizes]
+    tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
+    processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, **shape["processor"])
+    processor.vqvae = vqvae
+    config = LuminaMGPTConfig(
+        vocab_size=len(tokenizer) - 1,
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=processor.uni_rep.end_of_turn_id,
+        image_layout=processor.uni_rep.layout_dict(),
+        image_token_id=processor.image_token_id,
+        **shape["config"],
+    )
+    torch.manual_seed(0)
+    return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), vqvae, processor)
+
+
+def train(recipe: SFTRecipe) -> None:
+    """Runs (or resumes) the recipe and saves the Hub folder in `output_dir`."""
+    # 1. The model
+    if recipe.model is None:
+        pipe = new_pipeline(recipe.from_scratch or {})
+    else:
+        pipe = LuminaMGPTPipeline.from_pretrained(recipe.model, torch_dtype=torch.float32)
+    processor, model = pipe.processor, pipe.transformer
+    pipe.vqvae.requires_grad_(False)
+
+    # 2. The data
+    output_dir = Path(recipe.output_dir)
+    dataset = load_mixture(Mixture(**recipe.mixture), processor, output_dir / "data")
+    layout = processor.uni_rep
+    collator = Collator(model.config.pad_token_id, layout.start_id, layout.end_id, recipe.context_drop)
+
+    # 3. The run
+    arguments = SFTConfig(
+        output_dir=str(output_dir / "trainer"),
+        max_length=None,
+        remove_unused_columns=True,
+        dataset_kwargs={"skip_prepare_dataset": True},
+        **recipe.sft,
+    )
+    trainer = LuminaMGPTTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=dataset,
+        data_collator=collator,
+        processing_class=processor.tokenizer,
+    )
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+
+    # 4. The Hub folder
+    model.generation_config.update(**recipe.generation)
+    pipe.to(dtype=torch.bfloat16)
+    pipe.save_pretrained(output_dir, max_shard_size="15MB")
+
+
+def main(recipe_path: str) -> None:
+    """Trains by a recipe file."""
+    values = yaml.safe_load(Path(recipe_path).read_text())
+    values.pop("trainer", None)
+    train(SFTRecipe(**values))
