@@ -106,6 +106,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         task_templates: user turns of a checkpoint that was trained with others than those in `TASKS`, by task.
     """
 
+    tasks = TASKS
+
     def __init__(
         self,
         image_processor,

@@ -1,7 +1,7 @@
-"""What a user runs: the diffusers pipeline, the task behind `transformers.pipeline`, the `lumina-mgpt` command and the demo.
+"""What a user runs: the diffusers pipeline, the task behind `transformers.pipeline`, the `lumina-mgpt` command.
 
-Installed as `modeling_lumina_mgpt.pipelines`. The pipeline is imported when first asked for, so that `lumina-mgpt --help`
-does not wait for torch and diffusers.
+Installed as `modeling_lumina_mgpt.pipelines`. The pipeline is imported when first asked for. `transformer/` and
+`processor/` hold what `save_pretrained` puts into folders of those names.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,0 +1,18 @@
+"""Lets diffusers load the transformer from the root of its repo, where transformers keeps it."""
+
+from pathlib import Path
+
+from torch import nn
+from transformers import AutoModelForMultimodalLM
+
+
+class RootTransformer(nn.Module):
+    """Never made itself. It is a module so that diffusers hands `from_pretrained` the dtype and the quantization."""
+
+    @classmethod
+    def from_pretrained(cls, folder: str, torch_dtype=None, **kwargs):
+        """The model in the parent of `folder`, in `torch_dtype` or as it was saved."""
+        root = Path(folder).parent
+        return AutoModelForMultimodalLM.from_pretrained(
+            root, dtype=torch_dtype or "auto", trust_remote_code=True, **kwargs
+        )
