@@ -34,9 +34,9 @@ if TYPE_CHECKING:  # never imported: the loaders fetch just the files that a pip
     from .image_processing_lumina_mgpt import *  # type: ignore # noqa: F403
     from .modeling_lumina_mgpt import *  # type: ignore # noqa: F403
     from .processing_lumina_mgpt import *  # type: ignore # noqa: F403
-    from .processor.root_processor import *  # type: ignore # noqa: F403
-    from .text_to_image_lumina_mgpt import *  # type: ignore # noqa: F403
-    from .transformer.root_transformer import *  # type: ignore # noqa: F403
+    from .processor.root_processor import *  # noqa: F403
+    from .text_to_image_lumina_mgpt import *  # noqa: F403
+    from .transformer.root_transformer import *  # noqa: F403
     from .uni_rep import *  # type: ignore # noqa: F403
 
 PIPELINE_FILES = (
@@ -239,13 +239,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Further arguments are those of a call, with lists for all prompts.
         """
         for first in range(0, len(prompts), batch_size):
-            part = {}
+            part: dict[str, Any] = {}
             for name, value in kwargs.items():
                 copies = num_images_per_prompt if name == "generator" else 1
                 own = slice(first * copies, (first + batch_size) * copies)
                 part[name] = value[own] if isinstance(value, list) else value
             batch = prompts[first : first + batch_size]
-            output = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
+            output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
             for i in range(len(batch)):
                 own = slice(i * num_images_per_prompt, (i + 1) * num_images_per_prompt)
                 yield first + i, LuminaMGPTPipelineOutput(images=output.images[own], text=output.text[own])

@@ -5,7 +5,13 @@ import torch
 from diffusers import VQModel
 
 from hub_server import hub
-from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTImageProcessor, LuminaMGPTProcessor
+from modeling_lumina_mgpt import (
+    LuminaMGPTConfig,
+    LuminaMGPTForConditionalGeneration,
+    LuminaMGPTImageProcessor,
+    LuminaMGPTProcessor,
+)
+from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training.train_tokenizer import build_tokenizer
 
 __all__ = ["hub"]
@@ -69,3 +75,18 @@ def tiny_config(tiny_processor):
         return LuminaMGPTConfig(**{**values, **overrides})
 
     return make
+
+
+@pytest.fixture
+def tiny_pipe(tiny_config, tiny_processor, tiny_vqvae):
+    torch.manual_seed(0)
+    pipe = LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(tiny_config()).eval(), tiny_vqvae, tiny_processor)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.fixture
+def tiny_folder(tiny_pipe, tmp_path):
+    """A Hub folder of the tiny model."""
+    tiny_pipe.save_pretrained(tmp_path / "tiny")
+    return tmp_path / "tiny"
