@@ -1,25 +1,178 @@
+"""The pipeline: every task and form of output, what a call may list per row, callbacks, and what it refuses."""
+
+import numpy as np
 import pytest
 import torch
-from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from PIL import Image
+
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
-
-@pytest.fixture
-def pipe(tiny_config, tiny_processor, tiny_vqvae):
-    torch.manual_seed(0)
-    pipe = LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(tiny_config()).eval(), tiny_vqvae, tiny_processor)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+PICTURE = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))  # its bucket is the same size
 
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_a_saved_folder_draws_the_same(pipe, tmp_path):
-    pipe.save_pretrained(tmp_path / "tiny")
-    again = LuminaMGPTPipeline.from_pretrained(tmp_path / "tiny")
-    call = dict(height=48, width=32, generator=seeded(), output_type="np")
-    assert (
-        pipe("a red sphere", **{**call, "generator": seeded()}).images == again("a red sphere", **call).images
-    ).all()
+def same(one, other):
+    return all(np.array_equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_sizes_are_those_asked_for_the_default_or_the_input_pictures(tiny_pipe):
+    assert tiny_pipe("a", height=48, width=32).images[0].size == (32, 48)
+    assert tiny_pipe("a").images[0].size == (32, 32)
+    assert tiny_pipe("a", image=PICTURE).images[0].size == PICTURE.size
+    sizes = [image.size for image in tiny_pipe(["a", "b"], height=[48, None], width=[32, None]).images]
+    assert sizes == [(32, 48), (32, 32)]
+
+
+def test_every_task_of_the_table_answers(tiny_pipe):
+    for name, task in tiny_pipe.processor.tasks.items():
+        prompt = "a" if "{prompt}" in task.template else None
+        image = PICTURE if task.needs_image else None
+        output = tiny_pipe(prompt, image=image, task=name, max_new_tokens=120)
+        assert (output.images[0] is not None) or task.answer != "image"
+        assert len(output.text) == 1 and isinstance(output.text[0], str)
+
+
+def test_rows_of_a_batch_are_those_of_single_calls(tiny_pipe):
+    prompts, heights, widths = ["a red sphere", "b"], [48, 32], [32, 64]
+    batch = tiny_pipe(prompts, height=heights, width=widths, generator=[seeded(0), seeded(1)]).images
+    single = [
+        tiny_pipe(p, height=h, width=w, generator=seeded(i)).images[0]
+        for i, (p, h, w) in enumerate(zip(prompts, heights, widths, strict=True))
+    ]
+    assert same(batch, single)
+
+
+def test_a_prompts_pictures_follow_each_other(tiny_pipe):
+    images = tiny_pipe(["a", "b"], num_images_per_prompt=2, generator=[seeded(i) for i in range(4)]).images
+    assert same(images[2:], [tiny_pipe("b", generator=seeded(i)).images[0] for i in (2, 3)])
+
+
+def test_output_types_hold_the_same_picture(tiny_pipe):
+    def draw(kind, **kwargs):
+        return tiny_pipe(["a", "b"], generator=seeded(), output_type=kind, **kwargs).images
+
+    images, array, tensor, codes = (draw(kind) for kind in ("pil", "np", "pt", "latent"))
+    assert array.shape == (2, 32, 32, 3) and tensor.shape == (2, 3, 32, 32) and codes.shape == (2, 4, 4)
+    assert same(images, (array * 255).round()) and torch.equal(tensor.permute(0, 2, 3, 1), torch.from_numpy(array))
+    assert same(images, [tiny_pipe.processor.decode_image(grid) for grid in codes])
+    assert [x.shape for x in draw("np", height=[32, 48], width=[32, 32])] == [(32, 32, 3), (48, 32, 3)]
+    assert isinstance(tiny_pipe("a", return_dict=False), tuple)
+
+
+def test_codes_and_pictures_are_the_same_input(tiny_pipe):
+    codes = tiny_pipe.processor.encode_image(PICTURE)
+    one, other = (tiny_pipe("a", image=image, generator=seeded()).images for image in (PICTURE, codes))
+    assert same(one, other)
+
+
+def test_the_negative_prompt_takes_the_unconditional_context(tiny_pipe):
+    def draw(**kwargs):
+        return tiny_pipe("a", generator=seeded(), output_type="latent", **kwargs).images
+
+    assert not torch.equal(draw(negative_prompt="b", guidance_scale=5.0), draw(guidance_scale=5.0))
+    assert torch.equal(draw(negative_prompt="a", guidance_scale=5.0), draw(guidance_scale=1.0))
+
+
+def test_callbacks_see_rows_as_they_are_drawn_and_may_interrupt(tiny_pipe):
+    rows = []
+
+    def watch(pipe, step, timestep, kwargs):
+        (ids,) = kwargs["generated_ids"]
+        assert len(ids) == step + 1 == timestep + 1
+        rows.append(sum(part.height for part in pipe.processor.decode_ids(ids)) // 8)
+        pipe._interrupt = rows[-1] == 3
+
+    whole = tiny_pipe("a", height=48, width=32, generator=seeded(), output_type="latent").images[0]
+    part = tiny_pipe(
+        "a", height=48, width=32, generator=seeded(), output_type="latent", callback_on_step_end=watch
+    ).images[0]
+    assert sorted(set(rows)) == [0, 1, 2, 3] and torch.equal(part, whole[:3])
+
+
+def test_the_progress_bar_ends_with_the_picture(tiny_pipe, capsys):
+    tiny_pipe.set_progress_bar_config(disable=False)
+    tiny_pipe("a", height=48, width=32)
+    assert "34/34" in capsys.readouterr().err  # 6 x (4 + 1) + 4
+
+
+def test_a_chat_goes_on_with_its_own_pictures_as_codes(tiny_pipe):
+    first = tiny_pipe.chat([{"role": "user", "content": "Draw."}], height=32, width=32, max_new_tokens=24)
+    assert first.images[0].size == (32, 32) and [m["role"] for m in first.messages] == ["user", "assistant"]
+    codes = first.messages[1]["content"][0]["image"]
+    assert codes.shape == (4, 4) and same([tiny_pipe.processor.decode_image(codes)], first.images[:1])
+    question = {"role": "user", "content": [{"type": "image", "image": PICTURE}, {"type": "text", "text": "Like it?"}]}
+    second = tiny_pipe.chat([*first.messages, question], max_new_tokens=5)
+    assert len(second.messages) == 4 and isinstance(second.text[0], str)
+
+
+def test_a_stream_yields_what_a_call_returns(tiny_pipe):
+    prompts, generators = ["a", "b", "c"], [[seeded(i) for i in range(6)] for _ in range(2)]
+    options = {"num_images_per_prompt": 2, "height": [32, 48, 32], "width": [32, 32, 48]}
+    called = tiny_pipe(prompts, generator=generators[0], **options).images
+    streamed = list(tiny_pipe.stream(prompts, batch_size=2, generator=generators[1], **options))
+    assert [index for index, _ in streamed] == [0, 1, 2]
+    assert same([image for _, output in streamed for image in output.images], called)
+
+
+@pytest.mark.parametrize(
+    ("call", "accepted"),
+    [
+        ({"prompt": "a", "height": 33, "width": 32}, "multiples of 16 up to 160"),
+        ({"prompt": "a", "height": 32}, "both or none"),
+        ({"prompt": "a", "height": 160, "width": 160, "max_new_tokens": 100}, "100 are left"),
+        ({"prompt": "a", "task": "etch"}, "text-to-image, caption"),
+        ({"task": "depth"}, "takes an image"),
+        ({"prompt": "a", "image": PICTURE, "task": "text-to-image"}, "takes no image"),
+        ({"prompt": "a", "image": PICTURE, "task": "depth"}, "takes no prompt"),
+        ({}, "takes a prompt"),
+        ({"prompt": ["a", "b"], "height": [32], "width": [32]}, "1 values for 2 prompts"),
+        ({"prompt": ["a", "b"], "image": [PICTURE]}, "1 values for 2 prompts"),
+        ({"prompt": ["a", "b"], "generator": [seeded()]}, "1 generators for 2 rows"),
+        ({"prompt": "a", "output_type": "jpg"}, "pil, np, pt, latent"),
+        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["logits"]}, "generated_ids"),
+        ({"prompt": "a", "eta": 0.5}, "eta"),
+    ],
+)
+def test_what_is_impossible_is_a_value_error_that_says_what_is_accepted(tiny_pipe, call, accepted):
+    with pytest.raises(ValueError, match=accepted):
+        tiny_pipe(**call)
+
+
+def test_a_saved_folder_draws_the_same(tiny_pipe, tiny_folder):
+    again = LuminaMGPTPipeline.from_pretrained(tiny_folder)
+    again.set_progress_bar_config(disable=True)
+    assert again.processor.vqvae is again.vqvae
+    assert same(*(pipe("a", generator=seeded()).images for pipe in (tiny_pipe, again)))
+
+
+def test_weights_are_stored_once_in_shards_as_small_as_asked(tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path, max_shard_size="60KB")
+    weights = {path.relative_to(tmp_path): path.stat().st_size for path in tmp_path.rglob("*.safetensors")}
+    assert len(weights) > 3 and {str(path.parent) for path in weights} == {".", "vqvae"}
+    num_bytes = sum(4 * p.numel() for model in (tiny_pipe.transformer, tiny_pipe.vqvae) for p in model.parameters())
+    assert sum(weights.values()) < 1.2 * num_bytes
+    with pytest.raises(ValueError, match="safe_serialization"):
+        tiny_pipe.save_pretrained(tmp_path, safe_serialization=False)
+
+
+def test_dtype_and_device_move_every_component(tiny_pipe, tiny_folder):
+    tiny_pipe.to("cpu", torch.bfloat16)
+    assert tiny_pipe.transformer.dtype == tiny_pipe.processor.vqvae.dtype == torch.bfloat16
+    assert tiny_pipe("a", image=PICTURE).images[0].size == PICTURE.size
+    loaded = LuminaMGPTPipeline.from_pretrained(tiny_folder, dtype=torch.bfloat16)
+    assert loaded.transformer.dtype == loaded.vqvae.dtype == torch.bfloat16
+    kept = LuminaMGPTPipeline.from_pretrained(tiny_folder, transformer=tiny_pipe.transformer)
+    assert kept.transformer is tiny_pipe.transformer
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloaded_components_draw_the_same(tiny_pipe):
+    expected = tiny_pipe.to("cuda")("a", image=PICTURE, generator=seeded(), output_type="latent").images
+    tiny_pipe.enable_model_cpu_offload()
+    for _ in range(2):
+        assert torch.equal(tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images, expected)
+        assert tiny_pipe.transformer.device.type == "cpu"
