@@ -1,0 +1,476 @@
+"""Scores a model on Tabletop in GenEval's six categories (arXiv 2310.11513), by a judge without a neural network.
+
+    lumina-mgpt evaluate --output-dir runs/tabletop/scores
+
+The judge finds objects in three steps. Each pixel takes the name of the nearest color that the renderer can make: a
+palette color under some shading and highlight, or a table or a wall. Connected pixels of one color are one object, unless
+their outline is not convex (every solid of this world has a convex one): then they are cut where the parts become most
+convex. The shape is a vote of known objects, weighted by likeness (kernel ridge regression over 8 x 8 thumbnails of
+silhouette, shading and surroundings); these are from renders of training scenes, sharp and blurred, fitted anew in each
+process. Before a model is scored, the judge is validated on true renders of the very scenes that the sentences are about.
+
+As in GenEval, a stray object fails a picture in counting only, where the number of objects that match must be exact.
+Sizes in words are not judged: in one picture a small near object and a large far one may look alike.
+"""
+
+import itertools
+import json
+import math
+import random
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFilter
+from scipy import ndimage
+from scipy.spatial import ConvexHull, QhullError, cKDTree
+
+from .tabletop import (
+    COLORS,
+    SHAPES,
+    TABLES,
+    WALLS,
+    Caption,
+    Scene,
+    describe,
+    in_test_split,
+    render,
+    sample_scene,
+    to_image,
+)
+
+CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
+REQUIRED_VALIDATION = 0.98
+MIN_AREA = 0.005  # of the square of the shorter side: less is noise, the smallest object has three times as much
+MAX_HOLLOW = 0.05  # share of missing hull above which a region is more than one object
+GROUND = {
+    "sphere": 0.03,
+    "cube": 0.2,
+    "cylinder": 0.19,
+    "cone": 0.19,
+}  # lower edge to the middle of the base, in widths
+
+Draw = Callable[[list[str], list[int]], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One object that the judge sees. Pixels; box ends excluded; `ground_px` is the row of the base's middle."""
+
+    shape: str
+    color: str
+    box: tuple[int, int, int, int]
+    center: tuple[float, float]
+    ground_px: float
+
+
+@dataclass(frozen=True)
+class Example:
+    """A held-out sentence, the scene that it was said of, and the seed for its picture."""
+
+    category: str
+    caption: Caption
+    scene: Scene
+    seed: int
+
+
+# --- the judge -------------------------------------------------------------------------------------------------------
+
+
+def judge(image: Image.Image) -> list[Detection]:
+    """The objects in a picture, from left to right."""
+    regions, foreground = find_regions(image)
+    if not regions:
+        return []
+    features = np.stack([_features(image, mask, foreground) for _, mask in regions])
+    shapes = _fit_shapes().predict(features)
+    found = [_detection(shape, color, mask) for shape, (color, mask) in zip(shapes, regions, strict=True)]
+    return sorted(found, key=lambda d: d.center[0])
+
+
+def _detection(shape: str, color: str, mask: np.ndarray) -> Detection:
+    (top, bottom), (left, right) = _extent(mask)
+    ground_px = bottom - GROUND[shape] * (right - left)
+    return Detection(shape, color, (left, top, right, bottom), ((left + right) / 2, (top + bottom) / 2), ground_px)
+
+
+def _extent(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return (int(rows[0]), int(rows[-1]) + 1), (int(columns[0]), int(columns[-1]) + 1)
+
+
+def find_regions(image: Image.Image) -> tuple[list[tuple[str, np.ndarray]], np.ndarray]:
+    """Color and mask of each object, and the mask of all of them; masks are bool `(height, width)`."""
+    pixels = np.asarray(image.convert("RGB")) >> 3
+    labels = _nearest_names()[pixels[..., 0], pixels[..., 1], pixels[..., 2]]
+    min_area = MIN_AREA * min(labels.shape) ** 2
+    whole = [
+        (i, part) for i in range(1, len(COLORS) + 1) for part in _connected(labels == i) if part.sum() >= min_area
+    ]
+    foreground = np.any([part for _, part in whole], axis=0) if whole else np.zeros(labels.shape, bool)
+    names = list(COLORS)
+    regions = [
+        (names[i - 1], part)
+        for i, region in whole
+        for part in _convex_parts(ndimage.binary_fill_holes(region), foreground & (labels != i), min_area)
+    ]
+    return regions, foreground
+
+
+def _connected(mask: np.ndarray) -> Iterator[np.ndarray]:
+    labels, count = ndimage.label(mask)
+    for i in range(1, count + 1):
+        yield labels == i
+
+
+@cache
+def _nearest_names() -> np.ndarray:
+    """uint8 `(32, 32, 32)`, by the high bits of red, green and blue: 0 for the background, else 1 + the palette index."""
+    samples, labels = [], []
+    for i, color in enumerate(COLORS.values(), 1):
+        for shading, highlight in itertools.product(np.linspace(0.25, 1.16, 15), np.linspace(0, 0.28, 5)):
+            if highlight == 0 or shading >= 0.6:
+                samples.append(np.array(color) * shading + highlight)
+                labels.append(i)
+    for table, wall in itertools.product(TABLES.values(), WALLS):
+        for shading, fade in itertools.product(np.linspace(0.1, 1.16, 18), np.linspace(0, 1, 5)):
+            samples.append(np.array(table) * shading * (1 - fade) + np.array(wall) * fade)
+            labels.append(0)
+    grid = (np.indices((32, 32, 32)).reshape(3, -1).T + 0.5) / 32
+    _, nearest = cKDTree(np.clip(samples, 0, 1)).query(grid)
+    return np.array(labels, np.uint8)[nearest].reshape(32, 32, 32)
+
+
+def _convex_parts(mask: np.ndarray, others: np.ndarray, min_area: float, max_cuts: int = 3) -> Iterator[np.ndarray]:
+    """The region, or its parts if it is hollow; what `others` cover is not missing."""
+    cut = _best_cut(mask, min_area) if max_cuts and _hollow(mask, others) > MAX_HOLLOW else None
+    if cut is None:
+        yield mask
+        return
+    for part in (cut, mask & ~cut):
+        largest = max(_connected(part), key=np.count_nonzero)
+        if largest.sum() >= min_area:
+            yield from _convex_parts(largest, others, min_area, max_cuts - 1)
+
+
+def _hollow(mask: np.ndarray, others: np.ndarray) -> float:
+    """The part of the convex hull that belongs to nothing, as a share of the region's area."""
+    try:
+        edges = ConvexHull(np.argwhere(mask)).equations  # (edges, 3)
+    except QhullError:  # a straight line
+        return 0.0
+    points = np.indices(mask.shape)
+    inside = (np.tensordot(edges[:, :2], points, 1) + edges[:, 2, None, None] <= 1e-9).all(0)
+    return float((inside & ~mask & ~others).sum() / mask.sum())
+
+
+def _best_cut(mask: np.ndarray, min_area: float) -> np.ndarray | None:
+    """One side of the straight cut that leaves the smallest hulls; None if no cut makes them clearly smaller."""
+    points, border = np.argwhere(mask), np.argwhere(mask & ~ndimage.binary_erosion(mask))
+    best, best_area = None, _hull_area(border) - MAX_HOLLOW * len(points)
+    for angle in np.arange(12) * math.pi / 12:
+        direction = np.array([math.sin(angle), math.cos(angle)])
+        along, along_border = points @ direction, border @ direction
+        for offset in np.linspace(along.min(), along.max(), 26)[1:-1]:
+            if not min_area <= (along < offset).sum() <= len(points) - min_area:
+                continue
+            area = _hull_area(border[along_border < offset]) + _hull_area(border[along_border >= offset])
+            if area < best_area:
+                best, best_area = along < offset, area
+    if best is None:
+        return None
+    cut = np.zeros_like(mask)
+    cut[tuple(points[best].T)] = True
+    return cut
+
+
+def _hull_area(points: np.ndarray) -> float:
+    try:
+        return ConvexHull(points).volume
+    except QhullError:  # a straight line
+        return 0.0
+
+
+def _features(image: Image.Image, mask: np.ndarray, foreground: np.ndarray) -> np.ndarray:
+    """Thumbnails of the region's box, `(193,)`: silhouette, brightness around its mean, others; and proportion."""
+    box = tuple(slice(*ends) for ends in _extent(mask))
+    inside, others = mask[box], (foreground & ~mask)[box]
+    brightness = np.asarray(image.convert("RGB"), np.float32)[box].mean(-1)
+    shading = np.where(inside, brightness / brightness[inside].mean() - 1, 0)
+    thumbnails = [_thumbnail(layer).ravel() for layer in (inside, shading, others)]
+    return np.concatenate([*thumbnails, [2 * math.log(inside.shape[0] / inside.shape[1])]])
+
+
+def _thumbnail(layer: np.ndarray) -> np.ndarray:
+    return np.asarray(Image.fromarray(layer.astype(np.float32)).resize((8, 8), Image.Resampling.BOX))
+
+
+class ShapeVote:
+    """Kernel ridge regression: known objects vote for their shape, with weights that fall with distance."""
+
+    def __init__(self, features: np.ndarray, shapes: Sequence[str], sharpness: float = 0.2, ridge: float = 0.03):
+        self.known, self.sharpness = features, sharpness
+        targets = np.array([[shape == s for s in SHAPES] for shape in shapes], float)
+        kernel = self._likeness(features)
+        self.votes = np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets)
+
+    def _likeness(self, features: np.ndarray) -> np.ndarray:
+        squared = (features**2).sum(1)[:, None] + (self.known**2).sum(1) - 2 * features @ self.known.T
+        return np.exp(-self.sharpness * squared)
+
+    def predict(self, features: np.ndarray) -> list[str]:
+        return [SHAPES[i] for i in (self._likeness(features) @ self.votes).argmax(1)]
+
+
+@cache
+def _fit_shapes(num_scenes: int = 500, size_px: int = 64) -> ShapeVote:
+    rngs = [random.Random(f"judge/{i}") for i in range(num_scenes)]
+    scenes = [sample_scene(rng, size_px, size_px, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
+    features, shapes = [], []
+    for image, segmentation, scene in _true_pictures(scenes, size_px, size_px):
+        for blur in (0.0, 0.8):
+            picture = image.filter(ImageFilter.GaussianBlur(blur))
+            regions, foreground = find_regions(picture)
+            for _, mask in regions:
+                index = _true_index(mask, segmentation)
+                if index:
+                    features.append(_features(picture, mask, foreground))
+                    shapes.append(scene.objects[index - 1].shape)
+    return ShapeVote(np.stack(features), shapes)
+
+
+def _true_pictures(
+    scenes: Sequence[Scene], width_px: int, height_px: int
+) -> Iterator[tuple[Image.Image, np.ndarray, Scene]]:
+    for start in range(0, len(scenes), 32):
+        batch = scenes[start : start + 32]
+        rendering = render(batch, width_px, height_px, maps=True)
+        for row, scene in enumerate(batch):
+            yield to_image(rendering.rgb[row]), rendering.segmentation[row].numpy(), scene
+
+
+def _true_index(mask: np.ndarray, segmentation: np.ndarray) -> int:
+    """1 + the index of the scene's object that a region shows, 0 for none."""
+    return int(np.bincount(segmentation[mask]).argmax())
+
+
+# --- the sentences ---------------------------------------------------------------------------------------------------
+
+
+def held_out_examples(num_per_category: int, width_px: int, height_px: int, seed: int = 0) -> list[Example]:
+    """Test sentences about scenes with a held-out object; example i of a category depends on `seed` and i alone."""
+    examples = []
+    for category in CATEGORIES:
+        for i in range(num_per_category):
+            rng = random.Random(f"{seed}/{category}/{i}")
+            scene, caption = _draw_example(category, rng, width_px, height_px)
+            examples.append(Example(category, caption, scene, rng.getrandbits(32)))
+    return examples
+
+
+def _draw_example(category: str, rng: random.Random, width_px: int, height_px: int) -> tuple[Scene, Caption]:
+    counts = {"single_object": (1,), "colors": (1,), "counting": (2, 3, 4)}.get(category, (2,))
+    num_objects = rng.choice(counts)
+    while True:
+        scene = sample_scene(rng, width_px, height_px, num_objects, split="test")
+        caption = describe(scene, rng, split="any")
+        if category_of(caption) == category and in_test_split(caption.text):
+            return scene, caption
+
+
+def category_of(caption: Caption) -> str | None:
+    """GenEval's category of a sentence, by what it commits to; None for sentences that mix several."""
+    if caption.relation:
+        return "position"
+    counts, colors = [m[0] for m in caption.mentions], [m[2] for m in caption.mentions]
+    if len(counts) == 1:
+        return "counting" if counts[0] > 1 else "colors" if colors[0] else "single_object"
+    if counts != [1, 1]:
+        return None
+    if colors == [None, None]:
+        return "two_objects"
+    return "color_attribution" if all(colors) and colors[0] != colors[1] else None
+
+
+# --- the scores ------------------------------------------------------------------------------------------------------
+
+
+def passes(caption: Caption, detections: Sequence[Detection]) -> bool:
+    """Whether the picture holds what the sentence names: distinct objects, their exact number, a pair so related."""
+    if len(caption.mentions) == 1 and caption.mentions[0][0] > 1:
+        return sum(_matches(caption.mentions[0], d) for d in detections) == caption.mentions[0][0]
+    wanted = [mention for mention in caption.mentions for _ in range(mention[0])]
+    return any(
+        all(map(_matches, wanted, chosen)) and (caption.relation is None or _holds(caption.relation, chosen))
+        for chosen in itertools.permutations(detections, len(wanted))
+    )
+
+
+def _matches(mention: tuple[int, str | None, str | None, str | None], detection: Detection) -> bool:
+    _, shape, color, _ = mention
+    return shape in (None, detection.shape) and color in (None, detection.color)
+
+
+def _holds(relation: tuple[int, str, int], chosen: Sequence[Detection]) -> bool:
+    first, second = chosen[relation[0]], chosen[relation[2]]
+    return {
+        "left of": first.center[0] < second.center[0],
+        "right of": first.center[0] > second.center[0],
+        "in front of": first.ground_px > second.ground_px,
+        "behind": first.ground_px < second.ground_px,
+    }[relation[1]]
+
+
+def validate(examples: Sequence[Example], width_px: int, height_px: int) -> dict:
+    """The judge's verdict on true renders of the sentences' own scenes, with confusion counts `[truth][seen]`."""
+    passed = []
+    confusion = {
+        kind: {name: dict.fromkeys((*names, "missed"), 0) for name in names} for kind, names in _KINDS.items()
+    }
+    pictures = _true_pictures([e.scene for e in examples], width_px, height_px)
+    for example, (image, segmentation, scene) in zip(examples, pictures, strict=True):
+        detections = judge(image)
+        passed.append(passes(example.caption, detections))
+        for index, truth in enumerate(scene.objects, 1):
+            overlaps = {
+                d: np.mean(segmentation[d.box[1] : d.box[3], d.box[0] : d.box[2]] == index) for d in detections
+            }
+            seen = max(overlaps, key=overlaps.__getitem__, default=None)
+            for kind in _KINDS:
+                found = getattr(seen, kind) if seen and overlaps[seen] > 0.3 else "missed"
+                confusion[kind][getattr(truth, kind)][found] += 1
+    scores = _score_table(examples, passed)
+    valid = all(score["rate"] >= REQUIRED_VALIDATION for score in scores.values())
+    return {"valid": valid, "scores": scores, "confusion": confusion}
+
+
+_KINDS = {"shape": SHAPES, "color": tuple(COLORS)}
+
+
+def _score_table(examples: Sequence[Example], passed: Sequence[bool]) -> dict[str, dict]:
+    """For each category, and their mean as "overall": the rate, its count and its 95% Wilson interval."""
+    table = {}
+    for category in CATEGORIES:
+        hits: list[bool] = [p for e, p in zip(examples, passed, strict=True) if e.category == category]
+        table[category] = {"rate": sum(hits) / len(hits), "of": len(hits), "interval": wilson(sum(hits), len(hits))}
+    rate = sum(score["rate"] for score in table.values()) / len(table)
+    return {**table, "overall": {"rate": rate, "of": len(passed), "interval": wilson(rate * len(passed), len(passed))}}
+
+
+def wilson(hits: float, of: int) -> tuple[float, float]:
+    """The 95% score interval of a proportion (Wilson 1927)."""
+    z2, rate = 1.96**2, hits / of
+    middle, half = rate + z2 / (2 * of), math.sqrt(z2 * (rate * (1 - rate) / of + z2 / (4 * of**2)))
+    return max(0.0, (middle - half) / (1 + z2 / of)), min(1.0, (middle + half) / (1 + z2 / of))
+
+
+def evaluate(
+    draw: Draw, num_per_category: int, height_px: int, width_px: int, seed: int = 0, batch_size: int = 16
+) -> tuple[dict, list[Image.Image]]:
+    """Validates the judge, lets `draw(sentences, seeds)` draw every held-out sentence, and judges the pictures.
+
+    Returns:
+        `{"validation", "scores", "pictures", ...}`, all of it JSON, and the pictures themselves in the same order.
+    """
+    examples = held_out_examples(num_per_category, width_px, height_px, seed)
+    images: list[Image.Image] = []
+    for start in range(0, len(examples), batch_size):
+        batch = examples[start : start + batch_size]
+        images += draw([e.caption.text for e in batch], [e.seed for e in batch])
+    seen = [judge(image) for image in images]
+    passed = [passes(e.caption, detections) for e, detections in zip(examples, seen, strict=True)]
+    pictures = [
+        {
+            "category": e.category,
+            "sentence": e.caption.text,
+            "seed": e.seed,
+            "passed": p,
+            "seen": [asdict(d) for d in found],
+        }
+        for e, p, found in zip(examples, passed, seen, strict=True)
+    ]
+    report: dict = {"height_px": height_px, "width_px": width_px, "seed": seed, "num_per_category": num_per_category}
+    report |= {"validation": validate(examples, width_px, height_px), "scores": _score_table(examples, passed)}
+    return {**report, "pictures": pictures}, images
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def format_report(report: dict) -> str:
+    """Plain text: the scores with their intervals beside the judge's own on true renders, then its confusion."""
+    validation = report["validation"]
+    lines = [f"{'category':<18} {'score':>7}   {'95% interval':<15} {'of':>4}   {'true renders':>12}"]
+    for name, score in report["scores"].items():
+        low, high = score["interval"]
+        judged = validation["scores"][name]["rate"]
+        lines.append(
+            f"{name:<18} {score['rate']:>7.1%}   {low:>6.1%} - {high:<6.1%} {score['of']:>4}   {judged:>12.1%}"
+        )
+    for kind, rows in validation["confusion"].items():
+        columns = list(next(iter(rows.values())))
+        lines += ["", f"{kind + ' (true renders)':<22}" + "".join(f"{c:>9}" for c in columns)]
+        lines += [f"{truth:<22}" + "".join(f"{row[c]:>9}" for c in columns) for truth, row in rows.items()]
+    if not validation["valid"]:
+        lines += [
+            "",
+            f"WARNING: THE JUDGE IS BELOW {REQUIRED_VALIDATION:.0%} ON TRUE RENDERS: DO NOT TRUST THESE SCORES.",
+        ]
+    return "\n".join(lines)
+
+
+def contact_sheet(pictures: Sequence[dict], images: Sequence[Image.Image], columns: int = 8) -> Image.Image:
+    """Every picture over its sentence, framed in green where it passed and in red where it failed."""
+    width, height, text_px = max(image.width for image in images), max(image.height for image in images), 48
+    cell_w, cell_h = max(width, 112) + 8, height + text_px + 8
+    sheet = Image.new("RGB", (columns * cell_w, math.ceil(len(images) / columns) * cell_h), "white")
+    pen = ImageDraw.Draw(sheet)
+    for i, (picture, image) in enumerate(zip(pictures, images, strict=True)):
+        left, top = i % columns * cell_w + 4, i // columns * cell_h + 4
+        mark = "green" if picture["passed"] else "red"
+        pen.rectangle((left - 3, top - 3, left + image.width + 2, top + image.height + 2), outline=mark, width=2)
+        sheet.paste(image, (left, top))
+        text = ("pass: " if picture["passed"] else "FAIL: ") + picture["sentence"]
+        lines = textwrap.fill(text, (cell_w - 4) // 5, max_lines=4, placeholder="...")
+        pen.multiline_text((left, top + height + 4), lines, fill=mark, font_size=9, spacing=2)
+    return sheet
+
+
+def run_evaluation(
+    model: str,
+    output_dir: str,
+    num_per_category: int = 50,
+    height: int | None = None,
+    width: int | None = None,
+    seed: int = 0,
+    batch_size: int = 16,
+    guidance_scale: float | None = None,
+) -> dict:
+    """Scores the pipeline of `model` (folder or Hub id): prints the table, writes scores.json and contact_sheet.png.
+
+    Args:
+        height, width: in pixels; the model's default size if None.
+        guidance_scale: the model's own, from its generation config, if None.
+    """
+    from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+
+    pipe = LuminaMGPTPipeline.from_pretrained(model)
+    config = pipe.transformer.config
+    height_px, width_px = height or config.default_height_px, width or config.default_width_px
+    options = {"height": height_px, "width": width_px, "guidance_scale": guidance_scale}
+
+    def draw(sentences: list[str], seeds: list[int]) -> list[Image.Image]:
+        return pipe(sentences, generator=[torch.Generator().manual_seed(s) for s in seeds], **options).images
+
+    report, images = evaluate(draw, num_per_category, height_px, width_px, seed, batch_size)
+    report = {"model": model, "guidance_scale": guidance_scale, **report}
+    print(format_report(report))
+    folder = Path(output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
+    contact_sheet(report["pictures"], images).save(folder / "contact_sheet.png")
+    return report
