@@ -346,7 +346,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         if transformer is None:
             transformer = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype or "auto", **code, **kwargs)
         if vqvae is None:
-            vqvae = VQModel.from_pretrained(source, subfolder="vqvae", torch_dtype=dtype, **hub).to(transformer.device)
+            vqvae = VQModel.from_pretrained(source, subfolder="vqvae", dtype=dtype, **hub).to(transformer.device)
         if processor is None:
             processor = AutoProcessor.from_pretrained(source, **code)
         return cls(transformer, vqvae, processor)

@@ -10,9 +10,9 @@ class RootTransformer(nn.Module):
     """Never made itself. It is a module so that diffusers hands `from_pretrained` the dtype and the quantization."""
 
     @classmethod
-    def from_pretrained(cls, folder: str, torch_dtype=None, **kwargs):
-        """The model in the parent of `folder`, in `torch_dtype` or as it was saved."""
-        root = Path(folder).parent
+    def from_pretrained(cls, folder: str, dtype=None, torch_dtype=None, **kwargs):
+        """The model in the parent of `folder`, in the dtype that either name gives or as it was saved."""
+        dtype = dtype or torch_dtype or "auto"
         return AutoModelForMultimodalLM.from_pretrained(
-            root, dtype=torch_dtype or "auto", trust_remote_code=True, **kwargs
+            Path(folder).parent, dtype=dtype, trust_remote_code=True, **kwargs
         )
