@@ -1,0 +1,84 @@
+"""The command line draws and talks, and says in one line what was wrong."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from modeling_lumina_mgpt.pipelines.cli import app
+
+
+@pytest.fixture
+def run(tiny_folder, tmp_path, monkeypatch):
+    """Runs a command on the tiny model, in a folder that holds a picture `input.png`."""
+    monkeypatch.chdir(tmp_path)
+    Image.linear_gradient("L").resize((64, 48)).save("input.png")
+
+    def invoke(*arguments, **kwargs):
+        return CliRunner().invoke(app, [*arguments, "--model", "tiny"], **kwargs)
+
+    return invoke
+
+
+def test_generate_draws_what_the_pipeline_draws_and_shows_progress(run, tiny_pipe):
+    result = run("generate", "a red sphere", "--size", "32x48", "--seed", "3", "-o", "new/picture.png")
+    expected = tiny_pipe("a red sphere", width=32, height=48, generator=torch.Generator().manual_seed(3)).images[0]
+    assert result.exit_code == 0 and "34/34" in result.stderr
+    assert Image.open("new/picture.png").tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("edit", "input.png", "Remove the sphere."),
+        ("control", "input.png", "two cubes"),
+        ("predict", "depth", "input.png"),
+        ("predict", "detection", "input.png", "--prompt", "a cube"),
+    ],
+)
+def test_pictures_become_pictures_of_their_size(run, arguments):
+    assert run(*arguments, "-o", "output.png").exit_code == 0
+    assert Image.open("output.png").size == (64, 48)
+
+
+def test_chat_goes_on_until_an_empty_line(run):
+    result = run("chat", "--seed", "0", input="hello\nAnd <input.png> this?\n\n")
+    assert result.exit_code == 0 and result.stdout.count("> ") >= 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("generate", "a", "--size", "33x48"), "multiples of 16"),
+        (("generate", "a", "--size", "64"), "WIDTHxHEIGHT"),
+        (("predict", "etch", "input.png"), "'etch': accepted are text-to-image"),
+        (("edit", "absent.png", "a"), "absent.png"),
+        (("edit", "tiny/config.json", "a"), "not a picture"),
+    ],
+)
+def test_mistakes_are_one_line_and_exit_code_2(run, arguments, said):
+    result = run(*arguments)
+    assert result.exit_code == 2 and not result.stdout
+    assert said in result.stderr and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+
+
+def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
+    from modeling_lumina_mgpt.training import sft, train_vq
+
+    called = []
+    monkeypatch.setattr(sft, "main", lambda path: called.append(("sft", path)))
+    monkeypatch.setattr(train_vq, "main", lambda path: called.append(("vq", path)))
+    for name, text in {"sft": "output_dir: x", "vq": "trainer: vq", "rl": "trainer: rl"}.items():
+        (tmp_path / name).write_text(text)
+    results = [CliRunner().invoke(app, ["train", str(tmp_path / name)]) for name in ("sft", "vq", "rl")]
+    assert called == [("sft", str(tmp_path / "sft")), ("vq", str(tmp_path / "vq"))]
+    assert results[2].exit_code == 2 and "'rl'; accepted are 'vq' and 'sft'" in results[2].stderr
+
+
+def test_the_command_itself_imports_nothing_heavy():
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); print({'torch', 'transformers'} & sys.modules.keys())"
+    path = sys.modules["modeling_lumina_mgpt.pipelines.cli"].__file__
+    assert subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True).stdout == "set()\n"
