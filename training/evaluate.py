@@ -3,11 +3,11 @@
     lumina-mgpt evaluate --output-dir runs/tabletop/scores
 
 The judge finds objects in three steps. Each pixel takes the name of the nearest color that the renderer can make: a
-palette color under some shading and highlight, or a table or a wall. Connected pixels of one color are one object, unless
-their outline is not convex (every solid of this world has a convex one): then they are cut where the parts become most
-convex. The shape is a vote of known objects, weighted by likeness (kernel ridge regression over 8 x 8 thumbnails of
-silhouette, shading and surroundings); these are from renders of training scenes, sharp and blurred, fitted anew in each
-process. Before a model is scored, the judge is validated on true renders of the very scenes that the sentences are about.
+palette color under some shading and highlight, or a table or a wall. Connected pixels of one color are one object,
+unless their outline is not convex, as every solid's is: then they are cut where the parts become most convex. The shape
+is a vote of known objects, weighted by likeness: kernel ridge regression over 8 x 8 thumbnails of silhouette, shading and
+surroundings. Known objects come from training scenes rendered sharp, blurred and mirrored, anew in each process.
+Before the scores, the judge is validated on true renders of the very scenes that the sentences are about.
 
 As in GenEval, a stray object fails a picture in counting only, where the number of objects that match must be exact.
 Sizes in words are not judged: in one picture a small near object and a large far one may look alike.
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
@@ -112,12 +112,11 @@ def find_regions(image: Image.Image) -> tuple[list[tuple[str, np.ndarray]], np.n
         (i, part) for i in range(1, len(COLORS) + 1) for part in _connected(labels == i) if part.sum() >= min_area
     ]
     foreground = np.any([part for _, part in whole], axis=0) if whole else np.zeros(labels.shape, bool)
-    names = list(COLORS)
-    regions = [
-        (names[i - 1], part)
-        for i, region in whole
-        for part in _convex_parts(ndimage.binary_fill_holes(region), foreground & (labels != i), min_area)
-    ]
+    regions = []
+    for i, region in whole:
+        others = ndimage.binary_dilation(foreground & (labels != i))  # with the mixed pixels at their edge
+        parts = _convex_parts(ndimage.binary_fill_holes(region), others, min_area)
+        regions += [(list(COLORS)[i - 1], part) for part in parts]
     return regions, foreground
 
 
@@ -129,7 +128,7 @@ def _connected(mask: np.ndarray) -> Iterator[np.ndarray]:
 
 @cache
 def _nearest_names() -> np.ndarray:
-    """uint8 `(32, 32, 32)`, by the high bits of red, green and blue: 0 for the background, else 1 + the palette index."""
+    """uint8 `(32, 32, 32)`, by the high bits of red, green, blue: 0 for background, else 1 + palette index."""
     samples, labels = [], []
     for i, color in enumerate(COLORS.values(), 1):
         for shading, highlight in itertools.product(np.linspace(0.25, 1.16, 15), np.linspace(0, 0.28, 5)):
@@ -196,12 +195,13 @@ def _hull_area(points: np.ndarray) -> float:
 
 
 def _features(image: Image.Image, mask: np.ndarray, foreground: np.ndarray) -> np.ndarray:
-    """Thumbnails of the region's box, `(193,)`: silhouette, brightness around its mean, others; and proportion."""
+    """Thumbnails of the region's box, `(193,)`: silhouette, standardized brightness, others; and proportion."""
     box = tuple(slice(*ends) for ends in _extent(mask))
     inside, others = mask[box], (foreground & ~mask)[box]
-    brightness = np.asarray(image.convert("RGB"), np.float32)[box].mean(-1)
-    shading = np.where(inside, brightness / brightness[inside].mean() - 1, 0)
-    thumbnails = [_thumbnail(layer).ravel() for layer in (inside, shading, others)]
+    brightness = np.asarray(image.convert("RGB"), np.float32)[box].max(-1)  # for blue, too, this is bright
+    mean, deviation = brightness[inside].mean(), brightness[inside].std() + 8  # 8 of 255: what noise alone may do
+    shading = np.where(inside, (brightness - mean) / deviation, 0)
+    thumbnails = [_thumbnail(layer).ravel() for layer in (inside, 0.9 * shading, 0.5 * others)]
     return np.concatenate([*thumbnails, [2 * math.log(inside.shape[0] / inside.shape[1])]])
 
 
@@ -212,7 +212,7 @@ def _thumbnail(layer: np.ndarray) -> np.ndarray:
 class ShapeVote:
     """Kernel ridge regression: known objects vote for their shape, with weights that fall with distance."""
 
-    def __init__(self, features: np.ndarray, shapes: Sequence[str], sharpness: float = 0.2, ridge: float = 0.03):
+    def __init__(self, features: np.ndarray, shapes: Sequence[str], sharpness: float = 0.05, ridge: float = 0.03):
         self.known, self.sharpness = features, sharpness
         targets = np.array([[shape == s for s in SHAPES] for shape in shapes], float)
         kernel = self._likeness(features)
@@ -227,7 +227,7 @@ class ShapeVote:
 
 
 @cache
-def _fit_shapes(num_scenes: int = 500, size_px: int = 64) -> ShapeVote:
+def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> ShapeVote:
     rngs = [random.Random(f"judge/{i}") for i in range(num_scenes)]
     scenes = [sample_scene(rng, size_px, size_px, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
     features, shapes = [], []
@@ -236,10 +236,11 @@ def _fit_shapes(num_scenes: int = 500, size_px: int = 64) -> ShapeVote:
             picture = image.filter(ImageFilter.GaussianBlur(blur))
             regions, foreground = find_regions(picture)
             for _, mask in regions:
-                index = _true_index(mask, segmentation)
+                index = int(np.bincount(segmentation[mask]).argmax())  # what the region shows most of; 0: no object
                 if index:
                     features.append(_features(picture, mask, foreground))
-                    shapes.append(scene.objects[index - 1].shape)
+                    features.append(_features(ImageOps.mirror(picture), mask[:, ::-1], foreground[:, ::-1]))
+                    shapes += [scene.objects[index - 1].shape] * 2
     return ShapeVote(np.stack(features), shapes)
 
 
@@ -251,11 +252,6 @@ def _true_pictures(
         rendering = render(batch, width_px, height_px, maps=True)
         for row, scene in enumerate(batch):
             yield to_image(rendering.rgb[row]), rendering.segmentation[row].numpy(), scene
-
-
-def _true_index(mask: np.ndarray, segmentation: np.ndarray) -> int:
-    """1 + the index of the scene's object that a region shows, 0 for none."""
-    return int(np.bincount(segmentation[mask]).argmax())
 
 
 # --- the sentences ---------------------------------------------------------------------------------------------------
@@ -277,9 +273,9 @@ def _draw_example(category: str, rng: random.Random, width_px: int, height_px: i
     num_objects = rng.choice(counts)
     while True:
         scene = sample_scene(rng, width_px, height_px, num_objects, split="test")
-        caption = describe(scene, rng, split="any")
-        if category_of(caption) == category and in_test_split(caption.text):
-            return scene, caption
+        for caption in (describe(scene, rng, split="any") for _ in range(16)):
+            if category_of(caption) == category and in_test_split(caption.text):
+                return scene, caption
 
 
 def category_of(caption: Caption) -> str | None:
