@@ -3,11 +3,13 @@
 Images become codes once; what is drawn anew at each epoch (the context drop) is the collator's work, in `sft.py`.
 """
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from datasets import Dataset, Features, List, Value, load_from_disk
 
 from .tabletop import tabletop_records
@@ -41,16 +43,21 @@ def load_mixture(mixture: Mixture, processor, folder: str | Path) -> Dataset:
     folder = Path(folder)
     if not folder.exists():
         made = Dataset.from_generator(
-            _records, features=FEATURES, gen_kwargs={"mixture": mixture, "processor": processor}, split="train"
+            _records,
+            features=FEATURES,
+            gen_kwargs={"starts": [*range(0, mixture.num_scenes, CHUNK)], "mixture": mixture, "processor": processor},
+            num_proc=min(os.cpu_count() or 1, -(-mixture.num_scenes // CHUNK)),
         )
         made.save_to_disk(folder)
     return load_from_disk(folder)
 
 
-def _records(mixture: Mixture, processor) -> Iterator[dict]:
+def _records(starts: list[int], mixture: Mixture, processor) -> Iterator[dict]:
+    """Records of the chunks of scenes at `starts`; workers share these chunks out among themselves."""
+    torch.set_num_threads(1)
     sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= MAX_ASPECT_RATIO * min(s)]
     names, weights = zip(*mixture.tasks.items(), strict=True)
-    for start in range(0, mixture.num_scenes, CHUNK):
+    for start in starts:
         indices = range(start, min(start + CHUNK, mixture.num_scenes))
         rng = random.Random(f"{mixture.seed}/{start}")
         maps = bool(TASKS_WITH_MAPS & mixture.tasks.keys())

@@ -7,6 +7,7 @@ The result is a Hub folder that every loader reads. A run that was stopped conti
 """
 
 import random
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import yaml
 from diffusers import VQModel
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -73,13 +74,16 @@ class Collator:
     """Pads records on the right to one length, after dropping the context of some.
 
     Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
-    from that picture's start on are left, without the final end-of-turn.
+    from that picture's start on are left, without the final end-of-turn. Whether that happens depends on the record,
+    the epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
     """
 
     pad_id: int
     image_start_id: int
     image_end_id: int
     context_drop: float = 0.0
+    seed: int = 0
+    epoch: int = 0
 
     def __call__(self, records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         """`input_ids`, `labels` and `attention_mask`, int64 (batch, length)."""
@@ -94,10 +98,21 @@ class Collator:
         return {name: torch.tensor(rows) for name, rows in batch.items()}
 
     def _drop(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        if labels[-2] != self.image_end_id or random.random() >= self.context_drop:
+        draw = random.Random(f"{self.seed}/{self.epoch}/{ids}").random()
+        if labels[-2] != self.image_end_id or draw >= self.context_drop:
             return ids, labels
         start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
         return ids[start:-1], labels[start:-1]
+
+
+class EpochOfCollator(TrainerCallback):
+    """Tells the collator the epoch."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
 
 
 def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
@@ -136,7 +151,6 @@ def train(recipe: SFTRecipe) -> None:
     output_dir = Path(recipe.output_dir)
     dataset = load_mixture(Mixture(**recipe.mixture), processor, output_dir / "data")
     layout = processor.uni_rep
-    collator = Collator(model.config.pad_token_id, layout.start_id, layout.end_id, recipe.context_drop)
 
     # 3. The run
     arguments = SFTConfig(
@@ -146,18 +160,25 @@ def train(recipe: SFTRecipe) -> None:
         dataset_kwargs={"skip_prepare_dataset": True},
         **recipe.sft,
     )
+    pad_id = model.config.pad_token_id
+    collator = Collator(pad_id, layout.start_id, layout.end_id, recipe.context_drop, arguments.seed)
     trainer = LuminaMGPTTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         data_collator=collator,
         processing_class=processor.tokenizer,
+        callbacks=[EpochOfCollator(collator)],
     )
+    config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
 
-    # 4. The Hub folder
+    # 4. The Hub folder; the trainer has aligned the end of a sequence with the tokenizer's, which is not a turn's end
+    model.config.eos_token_id = config.eos_token_id
+    model.generation_config = generation_config
     model.generation_config.update(**recipe.generation)
-    pipe.to(dtype=torch.bfloat16)
+    model.bfloat16()
+    pipe.vqvae.bfloat16()
     pipe.save_pretrained(output_dir, max_shard_size="15MB")
 
 

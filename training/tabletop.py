@@ -247,12 +247,23 @@ RELATION_MARGIN = {"x": 0.55, "z": 1.0}  # table units by which objects must dif
 def describe(scene: Scene, rng: random.Random, split: str = "train") -> Caption:
     """A sentence that names every object of the scene, in varied wording and detail; lists go from left to right.
 
-    Sentences of the train and the test split never coincide.
+    Sentences of the train and the test split never coincide. ValueError if this scene has none in its split.
     """
-    while True:
+    for _ in range(100):
         caption = _describe(scene, rng)
         if split == "any" or in_test_split(caption.text) == (split == "test"):
             return caption
+    raise ValueError(f"the scene has no sentence in the {split} split")
+
+
+def sample_described_scene(rng: random.Random, width_px: int, height_px: int, split: str) -> tuple[Scene, Caption]:
+    """A scene that has a sentence in the split, and that sentence."""
+    while True:
+        scene = sample_scene(rng, width_px, height_px, split=split)
+        try:
+            return scene, describe(scene, rng, split)
+        except ValueError:
+            continue
 
 
 def in_test_split(sentence: str) -> bool:
@@ -634,8 +645,8 @@ def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
     for index in indices:
         rng = random.Random(f"{seed}/{split}/{index}")
         width_px, height_px = size = rng.choice(sizes)
-        scene = sample_scene(rng, width_px, height_px, split=split)
-        record: dict[str, Any] = {"scene": scene, "caption": describe(scene, rng, split).text}
+        scene, caption = sample_described_scene(rng, width_px, height_px, split)
+        record: dict[str, Any] = {"scene": scene, "caption": caption.text}
         record["question"], record["answer"] = question(scene, rng)
         record["instruction"], record["edited_scene"] = edit(scene, rng)
         records.append(record)

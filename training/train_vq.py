@@ -164,7 +164,7 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
             )
         if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
             _save(output_dir, step + 1, model, codebook, optimizer)
-    model.to(torch.bfloat16).save_pretrained(output_dir / "vqvae")
+    model.bfloat16().save_pretrained(output_dir / "vqvae")
     scores = evaluate(model.float().eval(), recipe)  # of the weights as saved
     print(json.dumps(scores))
     (output_dir / "scores.json").write_text(json.dumps({"scores": scores, "recipe": asdict(recipe)}, indent=2) + "\n")
