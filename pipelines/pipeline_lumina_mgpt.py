@@ -250,6 +250,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 own = slice(i * num_images_per_prompt, (i + 1) * num_images_per_prompt)
                 yield first + i, LuminaMGPTPipelineOutput(images=output.images[own], text=output.text[own])
 
+    def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
+        """As in stock, but without an accelerator, where there is nothing to offload from, it does nothing."""
+        if device is not None or torch.accelerator.is_available():
+            super().enable_model_cpu_offload(gpu_id, device)
+
     # The steps of a call
 
     def _check_options(self, output_type: str, tensor_inputs: list[str]) -> None:
