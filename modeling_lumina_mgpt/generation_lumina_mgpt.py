@@ -222,14 +222,14 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             copies=copies,
             wanted=self._wanted_grid(height, width, len(ids), copies),
             seeds=_draw_seeds(generator, len(ids) * copies, ids.device),
-            max_new_tokens=kwargs.get("max_new_tokens"),
         )
         padding = 0
         if negative_prompt_ids is not None:
             ids, mask, padding = decoder.add_negative_prompt(
                 ids, mask, negative_prompt_ids, negative_prompt_attention_mask
             )
-        if kwargs.get("max_new_tokens") is None and kwargs.get("max_length") is None:
+        limits = [getattr(c, "max_new_tokens", None) for c in (generation_config, self.generation_config)]
+        if not any([*limits, kwargs.get("max_new_tokens"), kwargs.get("max_length")]):
             kwargs["max_new_tokens"] = max(1, self.config.max_position_embeddings - int(mask.sum(1).min()))
         output = super().generate(
             ids,
@@ -289,10 +289,8 @@ class _Decoder:
     copies: int
     wanted: tuple[Tensor, Tensor]
     seeds: Tensor
-    max_new_tokens: int | None
-    negative: tuple[Tensor, Tensor] | None = (
-        None  # ids and mask of the unconditional branch's prompt (prompts, length)
-    )
+    negative: tuple[Tensor, Tensor] | None = None  # unconditional prompts: ids and mask, (prompts, length)
+    _values: dict[str, Tensor] = field(default_factory=dict, init=False)
 
     def add_negative_prompt(self, ids: Tensor, mask: Tensor, negative_ids: Tensor, negative_mask: Tensor | None):
         """Lays each negative prompt before its row's image, or at the prompt's end; pads on the left to make room."""
@@ -316,7 +314,7 @@ class _Decoder:
         prompt_mask = model_kwargs.get("attention_mask")
         prompt_mask = torch.ones_like(input_ids) if prompt_mask is None else prompt_mask
         cache, ids = model_kwargs.get("past_key_values"), input_ids
-        state = self._start(input_ids, prompt_mask)
+        state = self._start(input_ids, prompt_mask, generation_config.max_length - input_ids.shape[1])
         branches = 2 if bool((state.given_scale != 1).any()) else 1
         negative_ids, negative_mask = self._negative(input_ids)
         pad_id = generation_config.pad_token_id
@@ -359,12 +357,10 @@ class _Decoder:
     def _layout(self) -> ImageLayout:
         return ImageLayout(**self.model.config.image_layout)
 
-    def _start(self, ids: Tensor, mask: Tensor) -> RowState:
+    def _start(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> RowState:
         """The rows' states, once it is certain that each wanted image fits."""
         layout, lengths = self._layout(), mask.sum(1)
-        room = (self.model.config.max_position_embeddings - lengths).clamp(min=0)
-        if self.max_new_tokens is not None:
-            room = room.clamp(max=self.max_new_tokens)
+        room = (self.model.config.max_position_embeddings - lengths).clamp(0, max_new_tokens)
         rows, cols = (x.to(ids.device) for x in self.wanted)
         needed = torch.where(rows > 0, layout.num_tokens(rows, cols), 0)
         if bool((needed > room).any()):
@@ -372,7 +368,7 @@ class _Decoder:
             raise ValueError(
                 f"row {row}: an image of {int(rows[row])}x{int(cols[row])} codes takes {int(needed[row])} tokens, and"
                 f" {int(room[row])} are left (context {self.model.config.max_position_embeddings},"
-                f" prompt {int(lengths[row])}, max_new_tokens {self.max_new_tokens})."
+                f" prompt {int(lengths[row])}, max_new_tokens {max_new_tokens})."
             )
         scale = self._per_row("guidance_scale", ids.device).float()
         return RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
@@ -445,9 +441,6 @@ class _Decoder:
         if name not in self._values:
             self._values[name] = self.settings.per_row(name, self.num_prompts, self.copies, device)
         return self._values[name]
-
-    def __post_init__(self):
-        self._values: dict[str, Tensor] = {}
 
 
 def entropy_top_k(scores: Tensor) -> Tensor:

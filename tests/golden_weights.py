@@ -1,10 +1,13 @@
-"""The weights behind the golden outputs: no file holds them, a rule over the published names makes them."""
+"""The golden tokenizers, and the weights behind the golden outputs: a rule over the published names makes them."""
 
 import gzip
 import json
+import lzma
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 
@@ -14,6 +17,17 @@ GOLDEN = Path(__file__).parent / "golden"
 def load_golden(name: str):
     """The content of `tests/golden/{name}.json.gz`."""
     return json.loads(gzip.decompress((GOLDEN / f"{name}.json.gz").read_bytes()))
+
+
+def load_golden_xz(name: str):
+    """The content of `tests/golden/{name}.json.xz`."""
+    return json.loads(lzma.decompress((GOLDEN / f"{name}.json.xz").read_bytes()))
+
+
+def golden_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """A tokenizer with a family's names and ids; 2.0's has no BOS."""
+    names = {"eos_token": "<|endoftext|>"} if name == "tokenizer_2" else {"bos_token": "<s>", "pad_token": "<pad>"}
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(load_golden_xz(name))), **names)
 
 
 def seeded(shapes: dict[str, list[int]], seed: int, std: float) -> dict[str, torch.Tensor]:

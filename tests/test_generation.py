@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from golden_weights import build_golden_decoder, load_golden
+from golden_weights import build_golden_decoder, golden_tokenizer, load_golden
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.generation_lumina_mgpt import entropy_top_k, gumbel_noise
-from modeling_lumina_mgpt.uni_rep import ImageLayout
+from modeling_lumina_mgpt.uni_rep import ImageLayout, UniRep
 
 CHAMELEON_LAYOUT = ImageLayout(
     start_id=8197,
@@ -66,6 +66,23 @@ def test_greedy_tokens_are_the_references(golden, index):
             eos_token_id=CHAMELEON_LAYOUT.end_id,
         )
         assert output[0, len(record["prompt_ids"]) :].tolist() == record["new_ids"]
+
+
+@pytest.mark.parametrize(("family", "tokenizer"), [("lumina_mgpt_2", "tokenizer_2"), ("pure", "tokenizer_pure")])
+def test_the_other_families_differ_by_configuration_alone(family, tokenizer):
+    """2.0 with its decaying guidance, PURE with a scale under one; four codes per size unit."""
+    record = load_golden("generation")[family]
+    uni_rep = UniRep.from_tokenizer(golden_tokenizer(tokenizer), size_unit_px=32, codes_per_size_unit=4)
+    model = build_golden_decoder(record, image_layout=uni_rep.layout_dict())
+    for greedy in record["greedy"]:
+        output = model.generate(
+            torch.tensor([greedy["prompt_ids"]]),
+            guidance_scale=greedy["cfg"],
+            guidance_schedule="decay" if family == "lumina_mgpt_2" else None,
+            do_sample=False,
+            eos_token_id=uni_rep.end_id,
+        )
+        assert output[0, len(greedy["prompt_ids"]) :].tolist() == greedy["new_ids"]
 
 
 @pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}, {"use_cache": False}])

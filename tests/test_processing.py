@@ -1,12 +1,11 @@
 """Conversations, prompts and messages become the reference's ids, by one path, and come back as text and pictures."""
 
 import json
-import lzma
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from golden_weights import golden_tokenizer, load_golden_xz
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
@@ -15,25 +14,18 @@ from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
-GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = {"lumina_mgpt": ("tokenizer", 2), "lumina_mgpt_2": ("tokenizer_2", 4), "pure": ("tokenizer_pure", 4)}
-
-
-def load(name):
-    return json.loads(lzma.decompress((GOLDEN / f"{name}.json.xz").read_bytes()))
 
 
 @pytest.fixture(scope="module")
 def golden():
-    return load("sequences")
+    return load_golden_xz("sequences")
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request, golden):
     name, codes_per_size_unit = FAMILIES[request.param]
-    backend = Tokenizer.from_str(json.dumps(load(name)))
-    names = {"eos_token": "<|endoftext|>"} if name == "tokenizer_2" else {"bos_token": "<s>", "pad_token": "<pad>"}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer = golden_tokenizer(name)
     processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, codes_per_size_unit=codes_per_size_unit)
     return processor, golden[request.param]
 
