@@ -4,10 +4,10 @@
 
 The judge finds objects in three steps. Each pixel takes the name of the nearest color that the renderer can make: a
 palette color under some shading and highlight, or a table or a wall. Connected pixels of one color are one object,
-unless their outline is not convex, as every solid's is: then they are cut where the parts become most convex. The shape
-is a vote of known objects, weighted by likeness: kernel ridge regression over 8 x 8 thumbnails of silhouette, shading and
-surroundings. Known objects come from training scenes rendered sharp, blurred and mirrored, anew in each process.
-Before the scores, the judge is validated on true renders of the very scenes that the sentences are about.
+unless their outline is not convex, as every solid's is: then they are cut where the parts become most convex. The
+shape is a vote of known objects, weighted by likeness: kernel ridge regression over 8 x 8 thumbnails of silhouette,
+shading and surroundings. Known objects come from training scenes rendered sharp, blurred and mirrored, anew in each
+process. Before the scores, the judge is validated on true renders of the very scenes that the sentences are about.
 
 As in GenEval, a stray object fails a picture in counting only, where the number of objects that match must be exact.
 Sizes in words are not judged: in one picture a small near object and a large far one may look alike.
@@ -174,7 +174,7 @@ def _best_cut(mask: np.ndarray, min_area: float) -> np.ndarray | None:
     for angle in np.arange(12) * math.pi / 12:
         direction = np.array([math.sin(angle), math.cos(angle)])
         along, along_border = points @ direction, border @ direction
-        for offset in np.linspace(along.min(), along.max(), 26)[1:-1]:
+        for offset in np.linspace(along.min(), along.max(), 16)[1:-1]:
             if not min_area <= (along < offset).sum() <= len(points) - min_area:
                 continue
             area = _hull_area(border[along_border < offset]) + _hull_area(border[along_border >= offset])

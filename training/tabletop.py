@@ -13,11 +13,14 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
+
+if TYPE_CHECKING:
+    import datasets
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
 SIZES = {"small": 0.54, "large": 0.82}  # half the width
@@ -630,7 +633,7 @@ def tabletop_records(
 
     Args:
         sizes: (width_px, height_px) to choose from.
-        maps: also give "depth", "normal", "segmentation" and "edited" pictures.
+        maps: also give "depth", "normal", "segmentation", "edited" and "outline" pictures, and "boxes".
 
     Yields:
         "image" (PIL), "caption", "question", "answer", "instruction", "scene" (a `Scene`), and the maps (PIL).
@@ -661,7 +664,37 @@ def _render_records(indices, sizes, seed, split, maps) -> list[dict]:
                 record["normal"] = to_image(normal_image(rendering.normals[row]))
                 record["segmentation"] = to_image(segmentation_image(rendering.segmentation[row], record["scene"]))
                 record["edited"] = to_image(edited.rgb[row])
+                record["outline"] = to_image(rendering.outline[row].float()[..., None].expand(-1, -1, 3))
+                record["boxes"] = rendering.boxes(row)
     return records
+
+
+def tabletop_dataset(
+    num_scenes: int, sizes: Sequence[tuple[int, int]], seed: int = 0, split: str = "train", maps: bool = False
+) -> "datasets.Dataset":
+    """The first records as a `datasets.Dataset`, rendered once and cached by `datasets`.
+
+    Columns: "image", "caption", "question", "answer", "instruction", "objects" (`SceneObject` fields, from left to
+    right); with `maps` also the pictures `MAPS`, "edited", "outline", and "boxes" (left, top, right, bottom; pixels).
+    """
+    import datasets
+
+    def rows() -> Iterator[dict]:
+        for record in tabletop_records(range(num_scenes), sizes, seed, split, maps):
+            objects = [asdict(o) for o in record.pop("scene").objects]
+            record.pop("edited_scene")
+            yield {**record, "objects": objects}
+
+    texts, pictures = ("caption", "question", "answer", "instruction"), (*MAPS, "edited", "outline") if maps else ()
+    words, numbers = ("shape", "color", "size"), ("x", "z", "yaw")
+    solid = {**dict.fromkeys(words, datasets.Value("string")), **dict.fromkeys(numbers, datasets.Value("float64"))}
+    columns = {
+        **dict.fromkeys(("image", *pictures), datasets.Image()),
+        **dict.fromkeys(texts, datasets.Value("string")),
+        "objects": datasets.List(solid),
+        **({"boxes": datasets.List(datasets.List(datasets.Value("int32"), length=4))} if maps else {}),
+    }
+    return datasets.Dataset.from_generator(rows, features=datasets.Features(columns))
 
 
 def tabletop_texts(num_scenes: int = 4000, seed: int = 0) -> list[str]:

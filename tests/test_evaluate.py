@@ -1,0 +1,96 @@
+"""The judge reads true renders, and fails pictures that show something else."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from modeling_lumina_mgpt.training import evaluate as scores
+from modeling_lumina_mgpt.training.tabletop import Caption, Scene, SceneObject, in_test_split, render, to_image
+
+
+def picture(*objects: tuple[str, str, float, float]) -> Image.Image:
+    """A render of large objects (shape, color, x, z)."""
+    solids = tuple(SceneObject(shape, color, "large", x, z, 0.4) for shape, color, x, z in objects)
+    return to_image(render([Scene(solids, "wooden", 1, 3.4, 0.5, 0.9)], 64, 64).rgb[0])
+
+
+def seen(image: Image.Image) -> list[tuple[str, str]]:
+    return [(d.shape, d.color) for d in scores.judge(image)]
+
+
+@pytest.mark.parametrize("color", scores.COLORS)
+def test_a_color_is_named_under_shading(color):
+    regions, _ = scores.find_regions(picture(("sphere", color, -1.2, 7.0), ("cube", color, 1.2, 7.0)))
+    assert [name for name, _ in regions] == [color, color]
+
+
+@pytest.mark.parametrize("shape", scores.SHAPES)
+def test_a_shape_is_named(shape):
+    assert seen(picture((shape, "blue", -1.2, 6.5), ("sphere", "red", 1.4, 7.5))) == [
+        (shape, "blue"),
+        ("sphere", "red"),
+    ]
+
+
+def test_touching_objects_of_one_color_are_told_apart():
+    assert seen(picture(("sphere", "green", -0.5, 6.0), ("sphere", "green", 0.8, 7.4))) == [("sphere", "green")] * 2
+
+
+def test_an_empty_or_monochrome_picture_has_no_object():
+    assert scores.judge(Image.new("RGB", (80, 48), (150, 150, 150))) == []
+
+
+def test_a_wrong_picture_fails():
+    image = picture(("cube", "red", -1.2, 6.0), ("cone", "cyan", 1.2, 8.0))
+    detections = scores.judge(image)
+    cube, cone = (1, "cube", "red", None), (1, "cone", "cyan", None)
+    assert scores.passes(Caption("", (cube,)), detections)
+    assert scores.passes(Caption("", (cube, cone)), detections)
+    assert not scores.passes(Caption("", ((1, "sphere", None, None),)), detections)
+    assert not scores.passes(Caption("", ((1, "cube", "cyan", None), (1, "cone", "red", None))), detections)
+    assert not scores.passes(Caption("", ((2, "cube", None, None),)), detections)
+    for true, false in (("left of", "right of"), ("in front of", "behind")):
+        assert scores.passes(Caption("", (cube, cone), (0, true, 1)), detections)
+        assert not scores.passes(Caption("", (cube, cone), (0, false, 1)), detections)
+
+
+def test_counting_wants_the_exact_number_of_what_is_named():
+    detections = scores.judge(
+        picture(("cube", "red", -1.5, 7.0), ("cube", "blue", 0.0, 8.0), ("cone", "red", 1.5, 7.0))
+    )
+    assert scores.passes(Caption("", ((2, "cube", None, None),)), detections)
+    assert not scores.passes(Caption("", ((3, "cube", None, None),)), detections)
+
+
+def test_examples_are_held_out_reproducible_and_of_their_category():
+    examples = scores.held_out_examples(2, 64, 64)
+    assert [e.category for e in examples] == [c for c in scores.CATEGORIES for _ in range(2)]
+    assert all(scores.category_of(e.caption) == e.category and in_test_split(e.caption.text) for e in examples)
+    assert [e for e in scores.held_out_examples(3, 64, 64) if e in examples] == examples
+
+
+def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):
+    examples = scores.held_out_examples(4, 64, 64)
+    rendered = {(e.caption.text, e.seed): to_image(render([e.scene], 64, 64).rgb[0]) for e in examples}
+
+    def draw(sentences, seeds):
+        return [rendered[key] for key in zip(sentences, seeds, strict=True)]
+
+    def draw_noise(sentences, seeds):
+        return [Image.fromarray(np.random.default_rng(s).integers(0, 256, (64, 64, 3), np.uint8)) for s in seeds]
+
+    report, images = scores.evaluate(draw, 4, 64, 64)
+    assert report["scores"]["overall"]["rate"] >= 0.95
+    assert report["validation"]["scores"] == report["scores"]
+    assert json.loads(json.dumps(report))["scores"]["overall"]["of"] == 24
+    assert scores.contact_sheet(report["pictures"], images).width > 8 * 64
+    noise, _ = scores.evaluate(draw_noise, 1, 64, 64)
+    assert noise["scores"]["overall"]["rate"] == 0
+
+
+def test_a_judge_that_fails_validation_says_so():
+    table = {"single_object": {"rate": 0.5, "of": 2, "interval": scores.wilson(1, 2)}}
+    report = {"scores": table, "validation": {"valid": False, "scores": table, "confusion": {}}}
+    assert "WARNING" in scores.format_report(report)
