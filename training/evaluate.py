@@ -349,7 +349,7 @@ _KINDS = {"shape": SHAPES, "color": tuple(COLORS)}
 
 def _score_table(examples: Sequence[Example], passed: Sequence[bool]) -> dict[str, dict]:
     """For each category, and their mean as "overall": the rate, its count and its 95% Wilson interval."""
-    table = {}
+    table: dict[str, dict] = {}
     for category in CATEGORIES:
         hits: list[bool] = [p for e, p in zip(examples, passed, strict=True) if e.category == category]
         table[category] = {"rate": sum(hits) / len(hits), "of": len(hits), "interval": wilson(sum(hits), len(hits))}
@@ -373,25 +373,22 @@ def evaluate(
         `{"validation", "scores", "pictures", ...}`, all of it JSON, and the pictures themselves in the same order.
     """
     examples = held_out_examples(num_per_category, width_px, height_px, seed)
+    validation = validate(examples, width_px, height_px)
     images: list[Image.Image] = []
     for start in range(0, len(examples), batch_size):
         batch = examples[start : start + batch_size]
         images += draw([e.caption.text for e in batch], [e.seed for e in batch])
-    seen = [judge(image) for image in images]
-    passed = [passes(e.caption, detections) for e, detections in zip(examples, seen, strict=True)]
-    pictures = [
-        {
-            "category": e.category,
-            "sentence": e.caption.text,
-            "seed": e.seed,
-            "passed": p,
-            "seen": [asdict(d) for d in found],
-        }
-        for e, p, found in zip(examples, passed, seen, strict=True)
-    ]
-    report: dict = {"height_px": height_px, "width_px": width_px, "seed": seed, "num_per_category": num_per_category}
-    report |= {"validation": validate(examples, width_px, height_px), "scores": _score_table(examples, passed)}
-    return {**report, "pictures": pictures}, images
+    pictures, passed = [], []
+    for example, image in zip(examples, images, strict=True):
+        detections = judge(image)
+        passed.append(passes(example.caption, detections))
+        verdict = {"passed": passed[-1], "seen": [asdict(d) for d in detections]}
+        pictures.append(
+            {"category": example.category, "sentence": example.caption.text, "seed": example.seed, **verdict}
+        )
+    report = {"height_px": height_px, "width_px": width_px, "seed": seed, "num_per_category": num_per_category}
+    scores = _score_table(examples, passed)
+    return {**report, "validation": validation, "scores": scores, "pictures": pictures}, images
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -403,10 +400,8 @@ def format_report(report: dict) -> str:
     lines = [f"{'category':<18} {'score':>7}   {'95% interval':<15} {'of':>4}   {'true renders':>12}"]
     for name, score in report["scores"].items():
         low, high = score["interval"]
-        judged = validation["scores"][name]["rate"]
-        lines.append(
-            f"{name:<18} {score['rate']:>7.1%}   {low:>6.1%} - {high:<6.1%} {score['of']:>4}   {judged:>12.1%}"
-        )
+        true = validation["scores"][name]["rate"]
+        lines.append(f"{name:<18} {score['rate']:>7.1%}   {low:>6.1%} - {high:<6.1%} {score['of']:>4}   {true:>12.1%}")
     for kind, rows in validation["confusion"].items():
         columns = list(next(iter(rows.values())))
         lines += ["", f"{kind + ' (true renders)':<22}" + "".join(f"{c:>9}" for c in columns)]
@@ -414,7 +409,7 @@ def format_report(report: dict) -> str:
     if not validation["valid"]:
         lines += [
             "",
-            f"WARNING: THE JUDGE IS BELOW {REQUIRED_VALIDATION:.0%} ON TRUE RENDERS: DO NOT TRUST THESE SCORES.",
+            f"WARNING: THE JUDGE IS BELOW {REQUIRED_VALIDATION:.0%} ON TRUE RENDERS: DO NOT TRUST ITS SCORES.",
         ]
     return "\n".join(lines)
 
