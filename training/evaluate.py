@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -42,6 +43,9 @@ from .tabletop import (
     sample_scene,
     to_image,
 )
+
+if TYPE_CHECKING:
+    from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", "color_attribution")
 REQUIRED_VALIDATION = 0.98
@@ -115,7 +119,8 @@ def find_regions(image: Image.Image) -> tuple[list[tuple[str, np.ndarray]], np.n
     regions = []
     for i, region in whole:
         others = ndimage.binary_dilation(foreground & (labels != i))  # with the mixed pixels at their edge
-        parts = _convex_parts(ndimage.binary_fill_holes(region), others, min_area)
+        filled = ndimage.binary_fill_holes(region | ndimage.binary_closing(region, np.ones((3, 3))))
+        parts = _convex_parts(filled, others, min_area)
         regions += [(list(COLORS)[i - 1], part) for part in parts]
     return regions, foreground
 
@@ -174,7 +179,7 @@ def _best_cut(mask: np.ndarray, min_area: float) -> np.ndarray | None:
     for angle in np.arange(12) * math.pi / 12:
         direction = np.array([math.sin(angle), math.cos(angle)])
         along, along_border = points @ direction, border @ direction
-        for offset in np.linspace(along.min(), along.max(), 16)[1:-1]:
+        for offset in np.linspace(along.min(), along.max(), 26)[1:-1]:
             if not min_area <= (along < offset).sum() <= len(points) - min_area:
                 continue
             area = _hull_area(border[along_border < offset]) + _hull_area(border[along_border >= offset])
@@ -432,8 +437,8 @@ def contact_sheet(pictures: Sequence[dict], images: Sequence[Image.Image], colum
 
 
 def run_evaluation(
-    model: str,
-    output_dir: str,
+    pipe: "LuminaMGPTPipeline",
+    output_dir: str | Path,
     num_per_category: int = 50,
     height: int | None = None,
     width: int | None = None,
@@ -441,15 +446,12 @@ def run_evaluation(
     batch_size: int = 16,
     guidance_scale: float | None = None,
 ) -> dict:
-    """Scores the pipeline of `model` (folder or Hub id): prints the table, writes scores.json and contact_sheet.png.
+    """Scores a pipeline: prints the table, writes scores.json and contact_sheet.png.
 
     Args:
         height, width: in pixels; the model's default size if None.
         guidance_scale: the model's own, from its generation config, if None.
     """
-    from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-
-    pipe = LuminaMGPTPipeline.from_pretrained(model)
     config = pipe.transformer.config
     height_px, width_px = height or config.default_height_px, width or config.default_width_px
     options = {"height": height_px, "width": width_px, "guidance_scale": guidance_scale}
@@ -458,7 +460,7 @@ def run_evaluation(
         return pipe(sentences, generator=[torch.Generator().manual_seed(s) for s in seeds], **options).images
 
     report, images = evaluate(draw, num_per_category, height_px, width_px, seed, batch_size)
-    report = {"model": model, "guidance_scale": guidance_scale, **report}
+    report = {"model": config.name_or_path, "guidance_scale": guidance_scale, **report}
     print(format_report(report))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
