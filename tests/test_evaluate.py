@@ -1,19 +1,23 @@
 """The judge reads true renders, and fails pictures that show something else."""
 
 import json
+import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from modeling_lumina_mgpt.training import evaluate as scores
-from modeling_lumina_mgpt.training.tabletop import Caption, Scene, SceneObject, in_test_split, render, to_image
+from modeling_lumina_mgpt.training.tabletop import Caption, SceneObject, in_test_split, render, sample_scene, to_image
 
 
 def picture(*objects: tuple[str, str, float, float]) -> Image.Image:
     """A render of large objects (shape, color, x, z)."""
     solids = tuple(SceneObject(shape, color, "large", x, z, 0.4) for shape, color, x, z in objects)
-    return to_image(render([Scene(solids, "wooden", 1, 3.4, 0.5, 0.9)], 64, 64).rgb[0])
+    scene = sample_scene(random.Random(0), 64, 64)
+    scene = replace(scene, objects=solids, table="wooden", wall=1, camera_height=3.4, light_azimuth=0.5)
+    return to_image(render([scene], 64, 64).rgb[0])
 
 
 def seen(image: Image.Image) -> list[tuple[str, str]]:
