@@ -154,7 +154,7 @@ def evaluate(
     from modeling_lumina_mgpt.training.evaluate import run_evaluation
 
     options: dict[str, Any] = {"seed": seed, "guidance_scale": guidance_scale, **_size(size)}
-    run_evaluation(_checkpoint(model), str(output_dir), num_per_category, **options)
+    run_evaluation(_load(model), output_dir, num_per_category, **options)
 
 
 @app.command()
@@ -204,20 +204,16 @@ def _generator(seed: int | None):
     return None if seed is None else torch.Generator().manual_seed(seed)
 
 
-def _checkpoint(model: str | None) -> str:
-    from modeling_lumina_mgpt.checkpoints import default_checkpoint
-
-    return str(default_checkpoint()) if model is None else model
-
-
 def _load(model: str | None) -> "LuminaMGPTPipeline":
     """The pipeline on an accelerator if there is one, in bfloat16 there and in float32 on the CPU."""
     import torch
     from transformers.utils import logging
+
+    from modeling_lumina_mgpt.checkpoints import default_checkpoint
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return LuminaMGPTPipeline.from_pretrained(_checkpoint(model), dtype=dtype).to(device)
+    return LuminaMGPTPipeline.from_pretrained(model or default_checkpoint(), dtype=dtype).to(device)

@@ -25,9 +25,9 @@ from modeling_lumina_mgpt import (
     LuminaMGPTImageProcessor,
     LuminaMGPTProcessor,
 )
+from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
-from ..pipelines import LuminaMGPTPipeline
 from .mixture import Mixture, load_mixture
 from .tabletop import tabletop_texts
 from .train_tokenizer import build_tokenizer
