@@ -78,7 +78,7 @@ def test_a_run_resumes_bit_for_bit_and_its_folder_draws(start, tmp_path):
             model=start,
             mixture={"target_px": 64, "num_scenes": 8},
             sft={**SFT_VALUES, "learning_rate": 1e-2, **values},
-            generation={"guidance_scale": 2.0},
+            generation={"guidance_scale": 2.0, "image_top_k": 7},
         )
 
     train(recipe("whole"))
@@ -88,6 +88,7 @@ def test_a_run_resumes_bit_for_bit_and_its_folder_draws(start, tmp_path):
     for name, weight in whole.transformer.state_dict().items():
         assert torch.equal(weight, halves.transformer.state_dict()[name]), name
     assert whole.transformer.generation_config.guidance_scale == 2.0
+    assert whole.transformer.generation_config.image_top_k == 7
     assert whole.transformer.generation_config.eos_token_id == whole.processor.uni_rep.end_of_turn_id
     assert whole("a red sphere", height=32, width=48).images[0].size == (48, 32)
 

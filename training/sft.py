@@ -176,7 +176,8 @@ def train(recipe: SFTRecipe) -> None:
     # 4. The Hub folder; the trainer has aligned the end of a sequence with the tokenizer's, which is not a turn's end
     model.config.eos_token_id = config.eos_token_id
     model.generation_config = generation_config
-    model.generation_config.update(**recipe.generation)
+    for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
+        setattr(model.generation_config, name, value)
     model.bfloat16()
     pipe.vqvae.bfloat16()
     pipe.save_pretrained(output_dir, max_shard_size="15MB")

@@ -1,0 +1,1 @@
+../../modeling_lumina_mgpt/configuration_lumina_mgpt.py

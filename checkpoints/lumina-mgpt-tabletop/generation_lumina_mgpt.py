@@ -1,0 +1,1 @@
+../../modeling_lumina_mgpt/generation_lumina_mgpt.py

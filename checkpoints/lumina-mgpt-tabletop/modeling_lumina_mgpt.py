@@ -1,0 +1,1 @@
+../../modeling_lumina_mgpt/modeling_lumina_mgpt.py

@@ -1,0 +1,1 @@
+../../pipelines/pipeline_lumina_mgpt.py

@@ -1,0 +1,1 @@
+../../../pipelines/processor/root_processor.py

@@ -1,0 +1,1 @@
+../../pipelines/text_to_image_lumina_mgpt.py

@@ -1,0 +1,1 @@
+../../../pipelines/transformer/root_transformer.py

@@ -1,0 +1,1 @@
+../../modeling_lumina_mgpt/uni_rep.py
