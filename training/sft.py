@@ -178,6 +178,7 @@ def train(recipe: SFTRecipe) -> None:
     model.generation_config = generation_config
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)
+    model.generation_config._from_model_config = False  # else the loader keeps stock's names only
     model.bfloat16()
     pipe.vqvae.bfloat16()
     pipe.save_pretrained(output_dir, max_shard_size="15MB")
