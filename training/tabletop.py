@@ -4,7 +4,7 @@ A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and ei
 a pinhole camera. It is sampled from a seed, rendered by exact ray casting in torch, batch by batch, and known
 completely: RGB, depth, surface normals, segmentation, boxes, outline and sentences that describe it.
 
-Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 1.64 table units wide.
+Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 2 table units wide.
 Train and test scenes are disjoint by construction: `HELD_OUT` combinations of shape, color and size never occur in
 training, and neither do sentences whose hash falls into the test share.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
-SIZES = {"small": 0.54, "large": 0.82}  # half the width
+SIZES = {"small": 0.66, "large": 1.0}  # half the width
 COLORS = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.98, 0.50, 0.05),
@@ -36,18 +36,19 @@ COLORS = {
 }
 TABLES = {
     "white": (0.90, 0.90, 0.89),
-    "grey": (0.62, 0.63, 0.65),
     "dark": (0.27, 0.28, 0.31),
     "wooden": (0.68, 0.58, 0.47),
 }
-WALLS = ((0.93, 0.93, 0.92), (0.74, 0.77, 0.80), (0.42, 0.44, 0.48))
-CAMERA_HEIGHTS = (2.6, 3.4, 4.2)
-# Few lights, tables and walls: what no sentence speaks of must not outweigh, in a token's loss, what it does speak of.
-LIGHT_AZIMUTHS = (-0.9, 0.2, 0.9)  # radians
+WALLS = ((0.93, 0.93, 0.92), (0.42, 0.44, 0.48))
+# Few lights, tables, walls and turns: what no sentence speaks of must not outweigh, in the loss, what it speaks of.
+LIGHT_AZIMUTHS = (-0.8, 0.8)  # radians
+YAWS = (0.0, math.pi / 8, math.pi / 4, 3 * math.pi / 8)
 LIGHT_ELEVATION = 0.9
 
 FOCAL_LENGTH = 2.9  # in halves of the picture's shorter side
+CAMERA_HEIGHT = 3.4
 TARGET = (0.5, 7.2)  # (y, z) of the point that the camera looks at
+PITCH = math.atan2(CAMERA_HEIGHT - TARGET[0], TARGET[1])  # downward, radians
 NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
 
 # One combination of shape, color and size for each color, two for each shape: seen in the test split only.
@@ -83,7 +84,6 @@ class Scene:
     objects: tuple[SceneObject, ...]
     table: str
     wall: int
-    camera_height: float
     light_azimuth: float  # radians, 0 is from the viewer, positive from the right
 
 
@@ -157,34 +157,36 @@ def sample_scene(
         held_out = sum(c in HELD_OUT for c in combinations)
         if (split == "train" and held_out) or (split == "test" and not held_out):
             continue
-        camera_height = rng.choice(CAMERA_HEIGHTS)
-        objects = _place(rng, combinations, camera_height, width_px, height_px)
+        objects = _place(rng, combinations, width_px, height_px)
         if objects is not None:
             break
     return Scene(
         objects=tuple(sorted(objects, key=lambda o: o.x / o.z)),
         table=rng.choice(list(TABLES)),
         wall=rng.randrange(len(WALLS)),
-        camera_height=camera_height,
         light_azimuth=rng.choice(LIGHT_AZIMUTHS),
     )
 
 
 def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
-    """Free draws; in a third of the scenes one kind of object repeated, so that counting has something to count."""
+    """Free draws; in a third of the scenes one kind of object repeated, so that counting has something to count.
+
+    Four objects are small, else there is hardly a place for them.
+    """
+    sizes = list(SIZES) if count < 4 else ["small"]
 
     def draw() -> tuple[str, str, str]:
-        return rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(SIZES))
+        return rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(sizes)
 
     if rng.random() < 0.65:
         return [draw() for _ in range(count)]
     shape, color, size = draw()
     if rng.random() < 0.5:
         return [(shape, color, size)] * count
-    return [(shape, rng.choice(list(COLORS)), rng.choice(list(SIZES))) for _ in range(count)]
+    return [(shape, rng.choice(list(COLORS)), rng.choice(sizes)) for _ in range(count)]
 
 
-def _place(rng, combinations, camera_height, width_px, height_px) -> list[SceneObject] | None:
+def _place(rng, combinations, width_px, height_px) -> list[SceneObject] | None:
     """Positions by rejection: in the frame, apart on the table, and not hidden behind one another."""
     half_w, half_h = width_px / min(width_px, height_px), height_px / min(width_px, height_px)
     objects: list[SceneObject] = []
@@ -193,8 +195,8 @@ def _place(rng, combinations, camera_height, width_px, height_px) -> list[SceneO
         shape, color, size = combinations[len(objects)]
         z = rng.uniform(5.2, 8.8)
         reach = max(half_w * z / FOCAL_LENGTH - SIZES[size], 0.05)
-        candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.uniform(0, math.pi / 2))
-        box = _projected_box(candidate, camera_height)
+        candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.choice(YAWS))
+        box = _projected_box(candidate)
         inside = (
             -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
         )
@@ -215,25 +217,18 @@ def _compatible(a: SceneObject, box_a, b: SceneObject, box_b) -> bool:
     return max(width, 0) * max(height, 0) < 0.2 * (hidden[2] - hidden[0]) * (hidden[3] - hidden[1])
 
 
-def _camera_axes(camera_height: float) -> tuple[float, float]:
-    """Cosine and sine of the downward pitch."""
-    dy, dz = TARGET[0] - camera_height, TARGET[1]
-    norm = math.hypot(dy, dz)
-    return dz / norm, -dy / norm
-
-
-def _project(x: float, y: float, z: float, camera_height: float) -> tuple[float, float]:
+def _project(x: float, y: float, z: float) -> tuple[float, float]:
     """Picture coordinates in halves of the shorter side, (right, up) from the center."""
-    cos, sin = _camera_axes(camera_height)
-    depth = z * cos - (y - camera_height) * sin
-    return FOCAL_LENGTH * x / depth, FOCAL_LENGTH * ((y - camera_height) * cos + z * sin) / depth
+    cos, sin = math.cos(PITCH), math.sin(PITCH)
+    depth = z * cos - (y - CAMERA_HEIGHT) * sin
+    return FOCAL_LENGTH * x / depth, FOCAL_LENGTH * ((y - CAMERA_HEIGHT) * cos + z * sin) / depth
 
 
-def _projected_box(o: SceneObject, camera_height: float) -> tuple[float, float, float, float]:
+def _projected_box(o: SceneObject) -> tuple[float, float, float, float]:
     """Box of the object's bounding cylinder in picture coordinates (left, bottom, right, top)."""
     radius = o.radius * (1.2 if o.shape == "cube" else 1.0)
     points = [
-        _project(o.x + dx * radius, y, o.z + dz * radius, camera_height)
+        _project(o.x + dx * radius, y, o.z + dz * radius)
         for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
         for y in (0.0, o.height)
     ]
@@ -392,19 +387,18 @@ def render(scenes: Sequence[Scene], width_px: int, height_px: int, maps: bool = 
 
 
 def _rays(scenes, width_px, height_px, dx, dy) -> tuple[torch.Tensor, torch.Tensor]:
-    """Camera positions `(batch, 1, 3)` and unit directions `(batch, pixels, 3)`."""
+    """Camera position `(3,)` and unit directions `(batch, pixels, 3)`."""
     half = min(width_px, height_px) / 2
     u = (torch.arange(width_px) + dx - width_px / 2) / half
     v = (height_px / 2 - torch.arange(height_px) - dy) / half
     v, u = torch.meshgrid(v, u, indexing="ij")
     camera = torch.stack([u, v, torch.full_like(u, FOCAL_LENGTH)], -1).view(1, -1, 3)
-    rotations = torch.stack([_camera_to_world(s.camera_height) for s in scenes])
-    origin = torch.tensor([[0.0, s.camera_height, 0.0] for s in scenes])[:, None]
-    return origin, torch.nn.functional.normalize(camera @ rotations.mT, dim=-1)
+    directions = torch.nn.functional.normalize(camera @ _camera_to_world().T, dim=-1)
+    return torch.tensor([0.0, CAMERA_HEIGHT, 0.0]), directions.expand(len(scenes), -1, -1)
 
 
-def _camera_to_world(camera_height: float) -> torch.Tensor:
-    cos, sin = _camera_axes(camera_height)
+def _camera_to_world() -> torch.Tensor:
+    cos, sin = math.cos(PITCH), math.sin(PITCH)
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
 
 
@@ -459,10 +453,9 @@ def _contact_shadow(scenes, points) -> torch.Tensor:
 
 def _maps(scenes, origin, directions):
     distance, normals, index = _intersect(scenes, origin, directions)
-    rotations = torch.stack([_camera_to_world(s.camera_height) for s in scenes])
-    forward = rotations[:, :, 2][:, None]
-    depth = (distance * (directions * forward).sum(-1)).clamp(max=FAR)
-    camera_normals = normals @ rotations * torch.tensor([1.0, 1.0, -1.0])
+    rotation = _camera_to_world()
+    depth = (distance * (directions * rotation[:, 2]).sum(-1)).clamp(max=FAR)
+    camera_normals = normals @ rotation * torch.tensor([1.0, 1.0, -1.0])
     toward_viewer = torch.tensor([0.0, 0.0, 1.0]).expand_as(camera_normals)
     camera_normals = torch.where((distance < 60.0)[..., None], camera_normals, toward_viewer)
     return depth, camera_normals, index
