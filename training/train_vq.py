@@ -2,46 +2,61 @@
 
     lumina-mgpt train training/recipes/tabletop/vq.yaml
 
-The model is a plain `diffusers.VQModel`. First an autoencoder without a codebook, then, from k-means centers of its
-latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937, appendix A.1) and
-whose unused codes are moved onto latents of the current batch. The run resumes from its last state.
+The model is a plain `diffusers.VQModel`, trained in three stages. First an autoencoder without a codebook; then, from
+k-means centers of its latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937,
+appendix A.1). Such a codebook spends most of its codes on shades of the table that nobody tells apart, and which of
+them a picture gets is noise to whoever must predict it. So at last codes that lie close together are merged, encoder
+and codebook stay as they are, and the decoder alone learns on. The run resumes from its last state.
 """
 
 import json
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-import yaml
 from diffusers import VQModel
+from scipy.cluster.hierarchy import fcluster, linkage
 
 from .tabletop import MAPS, tabletop_records
 
 
 @dataclass
 class VQRecipe:
-    """One run. Sizes are in pixels; `pictures` lists how many scenes of each (square) size are rendered."""
+    """One run.
+
+    Attributes:
+        output_dir: where the model goes, as `vqvae/`, with its scores and training states.
+        model: the configuration of a `diffusers.VQModel`; `num_vq_embeddings` is before merging.
+        num_codes: after merging.
+        pictures: how many scenes of each (square) size are rendered; sizes are in pixels.
+        num_steps: with a learning encoder, of which the first `quantize_from_step` without a codebook.
+        num_decoder_steps: after merging.
+    """
 
     output_dir: str
     model: dict
+    num_codes: int
     pictures: list[dict] = field(default_factory=lambda: [{"size_px": 64, "scenes": 6000}])
     crop_px: int = 64
     batch_size: int = 32
     num_steps: int = 3000
+    num_decoder_steps: int = 1000
     quantize_from_step: int = 300
     learning_rate: float = 1e-3
     gradient_loss_weight: float = 0.5
-    commitment_weight: float = 0.25
+    commitment_weight: float = 0.5
     codebook_decay: float = 0.98
     save_steps: int = 250
     seed: int = 0
 
 
 class Codebook:
-    """Moving-average upkeep of `VQModel.quantize.embedding`; gradients reach the encoder straight through."""
+    """Moving-average upkeep of `VQModel.quantize.embedding`; with a decay of 1 it stays as it is."""
 
     def __init__(self, embedding: torch.nn.Embedding, decay: float):
         self.vectors = embedding.weight.requires_grad_(False)  # (codes, dim)
@@ -56,31 +71,36 @@ class Codebook:
         self.counts, self.sums = state["counts"], state["sums"]
 
     def start(self, latents: torch.Tensor, iterations: int = 20) -> None:
-        """k-means over `latents` (samples, dim)."""
-        self.vectors.copy_(latents[torch.randperm(len(latents))[: len(self.vectors)]])
+        """k-means++ (Arthur and Vassilvitskii 2007) over `latents` (samples, dim)."""
+        error = torch.full((len(latents),), torch.inf, device=latents.device)
+        chosen = latents[0]
+        for i in range(len(self.vectors)):
+            self.vectors[i] = chosen
+            error = torch.minimum(error, (latents - chosen).square().sum(1))
+            chosen = latents[torch.multinomial(error + 1e-12, 1)[0]]
         for _ in range(iterations):
             nearest = torch.cdist(latents, self.vectors).argmin(1)
-            counts = torch.bincount(nearest, minlength=len(self.vectors)).float()
+            counts = torch.bincount(nearest, minlength=len(self.vectors)).float()[:, None]
             sums = torch.zeros_like(self.vectors).index_add_(0, nearest, latents)
-            spare = latents[torch.randint(len(latents), (len(self.vectors),))]
-            self.vectors.copy_(torch.where(counts[:, None] > 0, sums / counts.clamp(min=1)[:, None], spare))
+            self.vectors.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), self.vectors))
         self.counts, self.sums = torch.ones_like(self.counts), self.vectors.clone()
 
     def quantize(self, latents: torch.Tensor) -> torch.Tensor:
         """Nearest vectors of `latents` (batch, dim, rows, cols), after moving the codebook toward them."""
         flat = latents.detach().movedim(1, -1).reshape(-1, latents.shape[1])
-        nearest = torch.cdist(flat, self.vectors).argmin(1)
+        error, nearest = torch.cdist(flat, self.vectors).min(1)
         quantized = self.vectors[nearest].view(*latents.movedim(1, -1).shape).movedim(-1, 1)
-        self._follow(flat, nearest)
+        if self.decay < 1:
+            self._follow(flat, nearest, error)
         return quantized
 
-    def _follow(self, flat: torch.Tensor, nearest: torch.Tensor) -> None:
+    def _follow(self, flat: torch.Tensor, nearest: torch.Tensor, error: torch.Tensor) -> None:
         counts = torch.bincount(nearest, minlength=len(self.vectors)).float()
         sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
         dead = self.counts < 0.02
-        self.sums[dead] = flat[torch.randint(len(flat), (int(dead.sum()),), device=flat.device)]
+        self.sums[dead] = flat[torch.multinomial(error.square() + 1e-12, max(int(dead.sum()), 1))][: int(dead.sum())]
         self.counts[dead] = 1.0
         self.vectors.copy_(self.sums / self.counts[:, None])
 
@@ -92,13 +112,18 @@ def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
         size_px, num_scenes = entry["size_px"], entry["scenes"]
         path = Path(recipe.output_dir) / f"pictures-{size_px}px-{num_scenes}.npy"
         if not path.exists():
-            pool = np.zeros((num_scenes, 1 + len(MAPS), size_px, size_px, 3), np.uint8)
-            for i, record in enumerate(tabletop_records(range(num_scenes), [(size_px, size_px)], recipe.seed)):
-                pool[i] = np.stack([np.asarray(record[key]) for key in ("image", *MAPS)])
+            chunks = [range(i, min(i + 32, num_scenes)) for i in range(0, num_scenes, 32)]
+            with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as workers:
+                pool = np.concatenate([*workers.map(_render, chunks, repeat(size_px), repeat(recipe.seed))])
             np.save(path.with_suffix(".part.npy"), pool)
             path.with_suffix(".part.npy").rename(path)
         pools.append(np.load(path, mmap_mode="r"))
     return pools
+
+
+def _render(indices: range, size_px: int, seed: int) -> np.ndarray:
+    records = tabletop_records(indices, [(size_px, size_px)], seed)
+    return np.stack([[np.asarray(record[key]) for key in ("image", *MAPS)] for record in records])
 
 
 def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Generator) -> torch.Tensor:
@@ -125,10 +150,10 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, gradient_wei
     return loss
 
 
-def learning_rate_at(step: int, recipe: VQRecipe) -> float:
+def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
     """Linear warm-up over 100 steps, then linear decay to 2% over the last two thirds."""
-    left = min(1.0, 1.5 * (1 - step / recipe.num_steps))
-    return recipe.learning_rate * min((step + 1) / 100, max(left, 0.02))
+    left = min(1.0, 1.5 * (1 - step / num_steps))
+    return peak * min((step + 1) / 100, max(left, 0.02))
 
 
 def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
@@ -140,30 +165,15 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
     output_dir.mkdir(parents=True, exist_ok=True)
     pools = render_pictures(recipe)
 
-    model = VQModel(**recipe.model).to(device, memory_format=torch.channels_last).train()
+    model = VQModel(**recipe.model).to(device, memory_format=torch.channels_last)
     codebook = Codebook(model.quantize.embedding, recipe.codebook_decay)
-    weights = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    first_step = _resume(output_dir, model, codebook, optimizer)
+    _fit(model, codebook, pools, recipe, "codes", recipe.num_steps)
+    model = merge_codes(model, _latents(model, pools, recipe), recipe.num_codes)
+    model.to(memory_format=torch.channels_last)
+    for part in (model.encoder, model.quant_conv, model.quantize):
+        part.requires_grad_(False)
+    _fit(model, Codebook(model.quantize.embedding, decay=1), pools, recipe, "decoder", recipe.num_decoder_steps)
 
-    started = time.time()
-    for step in range(first_step, recipe.num_steps):
-        rng = np.random.default_rng((recipe.seed, step))
-        pixels = sample_batch(pools, recipe, rng).to(device, memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, recipe)
-        if step == recipe.quantize_from_step:
-            codebook.start(_latents(model, pools, recipe, device))
-        loss = _loss(model, codebook, pixels, recipe, quantized=step >= recipe.quantize_from_step)
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        if (step + 1) % 50 == 0:
-            print(
-                f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True
-            )
-        if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
-            _save(output_dir, step + 1, model, codebook, optimizer)
     model.bfloat16().save_pretrained(output_dir / "vqvae")
     scores = evaluate(model.float().eval(), recipe)  # of the weights as saved
     print(json.dumps(scores))
@@ -171,10 +181,38 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
     return model
 
 
-def _loss(model: VQModel, codebook: Codebook, pixels: torch.Tensor, recipe: VQRecipe, quantized: bool) -> torch.Tensor:
+def _fit(
+    model: VQModel, codebook: Codebook, pools: list[np.ndarray], recipe: VQRecipe, stage: str, num_steps: int
+) -> None:
+    """Trains what learns, in "codes" all of it and in "decoder" that; state in `output_dir/<stage>.pt`."""
+    weights = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
+    path = Path(recipe.output_dir) / f"{stage}.pt"
+    first_step = _resume(path, model, codebook, optimizer)
+    started = time.time()
+    for step in range(first_step, num_steps):
+        pixels = sample_batch(pools, recipe, np.random.default_rng((recipe.seed, step)))
+        pixels = pixels.to(model.device, memory_format=torch.channels_last)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, num_steps, recipe.learning_rate)
+        if stage == "codes" and step == recipe.quantize_from_step:
+            codebook.start(_latents(model, pools, recipe))
+        quantized = stage == "decoder" or step >= recipe.quantize_from_step
+        loss = _loss(model, codebook if quantized else None, pixels, recipe)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(weights, 1.0)
+        optimizer.step()
+        if (step + 1) % 50 == 0:
+            seconds = time.time() - started
+            print(f"{stage}: step {step + 1}/{num_steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
+        if (step + 1) % recipe.save_steps == 0 or step + 1 == num_steps:
+            _save(path, step + 1, model, codebook, optimizer)
+
+
+def _loss(model: VQModel, codebook: Codebook | None, pixels: torch.Tensor, recipe: VQRecipe) -> torch.Tensor:
     latents = model.quant_conv(model.encoder(pixels))
     used, commitment = latents, latents.new_zeros(())
-    if quantized:
+    if codebook is not None:
         nearest = codebook.quantize(latents)
         commitment = F.mse_loss(latents, nearest)
         used = latents + (nearest - latents).detach()
@@ -183,15 +221,28 @@ def _loss(model: VQModel, codebook: Codebook, pixels: torch.Tensor, recipe: VQRe
 
 
 @torch.no_grad()
-def _latents(
-    model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, device: str, batches: int = 30
-) -> torch.Tensor:
+def _latents(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, num_batches: int = 30) -> torch.Tensor:
+    """(samples, dim)"""
     rng = np.random.default_rng(recipe.seed)
-    found = [model.encode(sample_batch(pools, recipe, rng).to(device)).latents for _ in range(batches)]
+    found = [model.encode(sample_batch(pools, recipe, rng).to(model.device)).latents for _ in range(num_batches)]
     return torch.cat([z.movedim(1, -1).reshape(-1, z.shape[1]) for z in found])
 
 
-def _save(output_dir: Path, step: int, model: VQModel, codebook: Codebook, optimizer) -> None:
+@torch.no_grad()
+def merge_codes(model: VQModel, latents: torch.Tensor, num_codes: int) -> VQModel:
+    """A model of `num_codes`: average linkage joins the closest, at the mean of how often `latents` use each."""
+    vectors = model.quantize.embedding.weight
+    groups = torch.from_numpy(fcluster(linkage(vectors.cpu().numpy(), "average"), num_codes, "maxclust") - 1).long()
+    groups = groups.to(vectors.device)
+    uses = torch.bincount(torch.cdist(latents, vectors).argmin(1), minlength=len(vectors))[:, None] + 0.5
+    sums = torch.zeros(int(groups.max()) + 1, vectors.shape[1], device=vectors.device)
+    means = sums.index_add(0, groups, vectors * uses) / torch.zeros_like(sums[:, :1]).index_add(0, groups, uses)
+    merged = VQModel.from_config({**model.config, "num_vq_embeddings": len(means)}).to(vectors.device)
+    merged.load_state_dict({**model.state_dict(), "quantize.embedding.weight": means})
+    return merged
+
+
+def _save(path: Path, step: int, model: VQModel, codebook: Codebook, optimizer) -> None:
     """One file, replaced atomically, so that a killed run resumes from a whole state."""
     state = {
         "step": step,
@@ -199,19 +250,19 @@ def _save(output_dir: Path, step: int, model: VQModel, codebook: Codebook, optim
         "codebook": codebook.state(),
         "optimizer": optimizer.state_dict(),
     }
-    torch.save(state, output_dir / "state.part")
-    (output_dir / "state.part").rename(output_dir / "state.pt")
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    part.rename(path)
 
 
-def _resume(output_dir: Path, model: VQModel, codebook: Codebook, optimizer) -> int:
-    path = output_dir / "state.pt"
+def _resume(path: Path, model: VQModel, codebook: Codebook, optimizer) -> int:
     if not path.exists():
         return 0
-    state = torch.load(path, weights_only=True, map_location=codebook.vectors.device)
+    state = torch.load(path, weights_only=True, map_location=model.device)
     model.load_state_dict(state["model"])
     codebook.load_state(state["codebook"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"resumed at step {state['step']}", flush=True)
+    print(f"{path.stem}: resumed at step {state['step']}", flush=True)
     return state["step"]
 
 
@@ -254,10 +305,3 @@ def ssim(output: torch.Tensor, target: torch.Tensor, window: int = 7) -> float:
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
     score = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
     return score.mean().item()
-
-
-def main(recipe_path: str) -> None:
-    """Trains by a recipe file."""
-    values = yaml.safe_load(Path(recipe_path).read_text())
-    values.pop("trainer")
-    train(VQRecipe(**values))
