@@ -1,6 +1,7 @@
 """Recipes: the loss is the model's, the context drop is drawn anew, and what comes out loads and draws."""
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -51,6 +52,8 @@ def test_mixture_is_made_once_and_holds_what_was_asked(tiny_processor, tmp_path)
     mixture = Mixture(target_px=64, num_scenes=70, tasks={"text-to-image": 1.0, "caption": 1.0})
     made = load_mixture(mixture, tiny_processor, tmp_path / "data")
     again = load_mixture(mixture, None, tmp_path / "data")
+    with pytest.raises(ValueError, match="another mixture"):
+        load_mixture(replace(mixture, num_scenes=71), None, tmp_path / "data")
     assert len(made) == 70 and set(made["task"]) == {"text-to-image", "caption"}
     assert made[69] == again[69]
     with pytest.raises(ValueError, match="nonsense"):
@@ -77,20 +80,21 @@ def test_a_run_resumes_bit_for_bit_and_its_folder_draws(start, tmp_path):
             output_dir=str(tmp_path / name),
             model=start,
             mixture={"target_px": 64, "num_scenes": 8},
-            sft={**SFT_VALUES, "learning_rate": 1e-2, **values},
+            sft={**SFT_VALUES, "learning_rate": 1e-2, "train_sampling_strategy": "group_by_length", **values},
             generation={"guidance_scale": 2.0, "image_top_k": 7},
         )
 
-    train(recipe("whole"))
-    train(recipe("halves", max_steps=1))
-    train(recipe("halves"))
+    train(recipe("whole", max_steps=6))
+    train(recipe("halves", max_steps=5))  # the second epoch's first step
+    train(recipe("halves", max_steps=6))
     whole, halves = (LuminaMGPTPipeline.from_pretrained(tmp_path / name) for name in ("whole", "halves"))
     for name, weight in whole.transformer.state_dict().items():
         assert torch.equal(weight, halves.transformer.state_dict()[name]), name
     assert whole.transformer.generation_config.guidance_scale == 2.0
     assert whole.transformer.generation_config.image_top_k == 7
     assert whole.transformer.generation_config.eos_token_id == whole.processor.uni_rep.end_of_turn_id
-    assert whole("a red sphere", height=32, width=48).images[0].size == (48, 32)
+    assert whole.transformer.config.use_cache and whole.processor.target_px == 64
+    assert whole("a red sphere").images[0].size == (64, 64)
 
 
 def test_training_loss_is_the_models_with_its_z_loss(start, tmp_path, monkeypatch):
@@ -115,13 +119,15 @@ def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):
     model = {k: v for k, v in tiny_vqvae.config.items() if k in ("down_block_types", "up_block_types")}
     model |= {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "num_vq_embeddings": 16}
     values = {"output_dir": str(tmp_path), "model": model, "pictures": [{"size_px": 64, "scenes": 4}]}
+    values |= {"num_codes": 8, "num_decoder_steps": 2}
     recipe = train_vq.VQRecipe(**values, batch_size=2, num_steps=4, quantize_from_step=2, save_steps=2)
-    train_vq.train(recipe)
-    state = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert state["step"] == 4
-    train_vq.train(recipe)  # nothing left to do: the same weights again
-    again = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert all(torch.equal(a, again["model"][name]) for name, a in state["model"].items())
+    model = train_vq.train(recipe)
+    assert model.config["num_vq_embeddings"] == 8
+    codes, decoder = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("codes", "decoder"))
+    for name, weight in decoder.items():  # merging leaves the encoder alone
+        assert torch.equal(weight, codes[name]) or not name.startswith(("encoder", "quant_conv")), name
+    again = train_vq.train(recipe)  # nothing left to do: the same weights again
+    assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
     assert (tmp_path / "scores.json").exists()
 
 

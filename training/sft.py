@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers import VQModel
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTConfig, SFTTrainer
 
@@ -47,6 +47,9 @@ class SFTRecipe:
         from_scratch: `vqvae` (folder), `tokenizer` (arguments of `build_tokenizer`), `processor` and `config` values.
         context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
         generation: defaults written to `generation_config.json`.
+
+    Raises:
+        ValueError: unless either `model` or `from_scratch` is given.
     """
 
     output_dir: str
@@ -57,9 +60,17 @@ class SFTRecipe:
     context_drop: float = 0.1
     generation: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self):
+        if bool(self.model) == bool(self.from_scratch):
+            raise ValueError(f"model {self.model!r} and from_scratch {self.from_scratch!r}: give one of them")
+
 
 class LuminaMGPTTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss, since TRL's fused head would leave the z-loss out."""
+    """TRL's trainer with the model's own loss, since TRL's fused head would leave the z-loss out.
+
+    Lengths are grouped at each epoch by the seed and the epoch alone: stock draws from the global generator, whose
+    state a resumed run does not have when it needs it.
+    """
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs["use_cache"] = False
@@ -67,6 +78,13 @@ class LuminaMGPTTrainer(SFTTrainer):
         if self.model.training:
             self._metrics["train"]["z_loss"].append(outputs.z_loss.item())
         return (loss, outputs) if return_outputs else loss
+
+    def _get_train_sampler(self, train_dataset=None):
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = order = torch.Generator()
+            sampler.set_epoch = lambda epoch: order.manual_seed(self.args.seed + epoch)
+        return sampler
 
 
 @dataclass
@@ -119,11 +137,10 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     """An untrained model with a tokenizer of its own around a trained VQ model."""
     vqvae = VQModel.from_pretrained(shape["vqvae"])
     num_codes = vqvae.config["num_vq_embeddings"]
-    sizes = range(16, 17 * 16, 16)
+    sizes = [shape["processor"]["size_unit_px"] * (i + 1) for i in range(shape["tokenizer"]["num_sizes"])]
     templates = [task.template.format(prompt="", width=s, height=s) for task in TASKS.values() for s in sizes]
     tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
     processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, **shape["processor"])
-    processor.vqvae = vqvae
     config = LuminaMGPTConfig(
         vocab_size=len(tokenizer) - 1,
         bos_token_id=tokenizer.bos_token_id,
@@ -139,27 +156,27 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
 
 def train(recipe: SFTRecipe) -> None:
     """Runs (or resumes) the recipe and saves the Hub folder in `output_dir`."""
-    # 1. The model
-    if recipe.model is None:
-        pipe = new_pipeline(recipe.from_scratch or {})
-    else:
-        pipe = LuminaMGPTPipeline.from_pretrained(recipe.model, torch_dtype=torch.float32)
+    # 1. The model; a new one is kept, for a resumed run to have the very same tokenizer and codes
+    output_dir = Path(recipe.output_dir)
+    start = recipe.model or output_dir / "trainer" / "start"
+    if recipe.from_scratch and not (Path(start) / "model_index.json").exists():
+        new_pipeline(recipe.from_scratch).save_pretrained(start)
+    pipe = LuminaMGPTPipeline.from_pretrained(start, dtype=torch.float32)
     processor, model = pipe.processor, pipe.transformer
-    pipe.vqvae.requires_grad_(False)
 
     # 2. The data
-    output_dir = Path(recipe.output_dir)
-    dataset = load_mixture(Mixture(**recipe.mixture), processor, output_dir / "data")
-    layout = processor.uni_rep
-
-    # 3. The run
     arguments = SFTConfig(
         output_dir=str(output_dir / "trainer"),
         max_length=None,
-        remove_unused_columns=True,
         dataset_kwargs={"skip_prepare_dataset": True},
         **recipe.sft,
     )
+    mixture, layout = Mixture(**recipe.mixture), processor.uni_rep
+    with arguments.main_process_first():
+        dataset = load_mixture(mixture, processor, output_dir / "data")
+
+    # 3. The run; the trainer changes both configurations for its own ends
+    config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
     pad_id = model.config.pad_token_id
     collator = Collator(pad_id, layout.start_id, layout.end_id, recipe.context_drop, arguments.seed)
     trainer = LuminaMGPTTrainer(
@@ -170,22 +187,16 @@ def train(recipe: SFTRecipe) -> None:
         processing_class=processor.tokenizer,
         callbacks=[EpochOfCollator(collator)],
     )
-    config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
 
-    # 4. The Hub folder; the trainer has aligned the end of a sequence with the tokenizer's, which is not a turn's end
-    model.config.eos_token_id = config.eos_token_id
-    model.generation_config = generation_config
+    # 4. The Hub folder
+    if not trainer.is_world_process_zero():
+        return
+    processor.target_px = config.default_height_px = config.default_width_px = mixture.target_px
+    model.config, model.generation_config = config, generation_config
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)
     model.generation_config._from_model_config = False  # else the loader keeps stock's names only
     model.bfloat16()
     pipe.vqvae.bfloat16()
     pipe.save_pretrained(output_dir, max_shard_size="15MB")
-
-
-def main(recipe_path: str) -> None:
-    """Trains by a recipe file."""
-    values = yaml.safe_load(Path(recipe_path).read_text())
-    values.pop("trainer", None)
-    train(SFTRecipe(**values))

@@ -3,8 +3,9 @@
 import random
 from typing import Any
 
-IMAGE = "<|image|>"
-TABLETOP_MAPS = ("depth", "normal", "segmentation")
+from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
+
+from .tabletop import MAPS
 
 
 def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> tuple[list[str], list]:
@@ -28,8 +29,8 @@ def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: ran
     if task == "edit":
         return [processor.task_prompt(task, record["instruction"]), IMAGE], [picture, record["edited"]]
     if task == "control":
-        condition = record[rng.choice(TABLETOP_MAPS)]
+        condition = record[rng.choice(MAPS)]
         return [processor.task_prompt(task, record["caption"]), IMAGE], [condition, picture]
-    if task in TABLETOP_MAPS:
+    if task in MAPS:
         return [processor.task_prompt(task), IMAGE], [picture, record[task]]
     raise ValueError(f"task {task!r} has no Tabletop records yet")
