@@ -28,6 +28,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
+from scipy.interpolate import RBFInterpolator
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
 from .tabletop import (
@@ -51,12 +52,7 @@ CATEGORIES = ("single_object", "two_objects", "counting", "colors", "position", 
 REQUIRED_VALIDATION = 0.98
 MIN_AREA = 0.005  # of the square of the shorter side: less is noise, the smallest object has three times as much
 MAX_HOLLOW = 0.05  # share of missing hull above which a region is more than one object
-GROUND = {
-    "sphere": 0.03,
-    "cube": 0.2,
-    "cylinder": 0.19,
-    "cone": 0.19,
-}  # lower edge to the middle of the base, in widths
+GROUND = {"sphere": 0.03, "cube": 0.2, "cylinder": 0.19, "cone": 0.19}  # lower edge to the base's middle, in widths
 
 Draw = Callable[[list[str], list[int]], list[Image.Image]]
 
@@ -91,7 +87,7 @@ def judge(image: Image.Image) -> list[Detection]:
     if not regions:
         return []
     features = np.stack([_features(image, mask, foreground) for _, mask in regions])
-    shapes = _fit_shapes().predict(features)
+    shapes = [SHAPES[i] for i in _fit_shapes()(features).argmax(1)]
     found = [_detection(shape, color, mask) for shape, (color, mask) in zip(shapes, regions, strict=True)]
     return sorted(found, key=lambda d: d.center[0])
 
@@ -214,25 +210,8 @@ def _thumbnail(layer: np.ndarray) -> np.ndarray:
     return np.asarray(Image.fromarray(layer.astype(np.float32)).resize((8, 8), Image.Resampling.BOX))
 
 
-class ShapeVote:
-    """Kernel ridge regression: known objects vote for their shape, with weights that fall with distance."""
-
-    def __init__(self, features: np.ndarray, shapes: Sequence[str], sharpness: float = 0.05, ridge: float = 0.03):
-        self.known, self.sharpness = features, sharpness
-        targets = np.array([[shape == s for s in SHAPES] for shape in shapes], float)
-        kernel = self._likeness(features)
-        self.votes = np.linalg.solve(kernel + ridge * np.eye(len(kernel)), targets)
-
-    def _likeness(self, features: np.ndarray) -> np.ndarray:
-        squared = (features**2).sum(1)[:, None] + (self.known**2).sum(1) - 2 * features @ self.known.T
-        return np.exp(-self.sharpness * squared)
-
-    def predict(self, features: np.ndarray) -> list[str]:
-        return [SHAPES[i] for i in (self._likeness(features) @ self.votes).argmax(1)]
-
-
 @cache
-def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> ShapeVote:
+def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> RBFInterpolator:
     rngs = [random.Random(f"judge/{i}") for i in range(num_scenes)]
     scenes = [sample_scene(rng, size_px, size_px, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
     features, shapes = [], []
@@ -246,7 +225,9 @@ def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> ShapeVote:
                     features.append(_features(picture, mask, foreground))
                     features.append(_features(ImageOps.mirror(picture), mask[:, ::-1], foreground[:, ::-1]))
                     shapes += [scene.objects[index - 1].shape] * 2
-    return ShapeVote(np.stack(features), shapes)
+    votes = np.array([[shape == s for s in SHAPES] for shape in shapes], float)
+    likeness = {"kernel": "gaussian", "epsilon": 0.05**0.5, "degree": -1}
+    return RBFInterpolator(np.stack(features), votes, smoothing=0.03, **likeness)
 
 
 def _true_pictures(
@@ -454,6 +435,9 @@ def run_evaluation(
     """
     config = pipe.transformer.config
     height_px, width_px = height or config.default_height_px, width or config.default_width_px
+    pipe.processor.uni_rep.grid(height_px, width_px)  # raises for what cannot be drawn
+    if guidance_scale is None:
+        guidance_scale = pipe.transformer.generation_config.guidance_scale
     options = {"height": height_px, "width": width_px, "guidance_scale": guidance_scale}
 
     def draw(sentences: list[str], seeds: list[int]) -> list[Image.Image]:
