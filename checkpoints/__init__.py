@@ -27,8 +27,9 @@ def default_checkpoint() -> Path:
 def link_code(folder: str | os.PathLike) -> None:
     """Replaces a checkpoint's code files by links to this package's own; by copies where there are no links."""
     sources = [Path(str(files(name))) for name in ("modeling_lumina_mgpt", "modeling_lumina_mgpt.pipelines")]
-    for path in Path(folder).resolve().rglob("*.py"):
-        name = path.relative_to(Path(folder).resolve())
+    folder = Path(folder).resolve()
+    for path in (*folder.glob("*.py"), *folder.glob("*/root_*.py")):
+        name = path.relative_to(folder)
         source = next(place / name for place in sources if (place / name).is_file())
         path.unlink()
         try:

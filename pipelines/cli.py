@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from PIL import Image
 
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
@@ -115,9 +116,13 @@ def chat(
     messages: Any = []
     num_pictures = 0
     while line := typer.prompt(">", default="", show_default=False, prompt_suffix=" "):
-        parts = re.split(r"<([^<>]+)>", line)  # text and file names in turn
+        parts = re.split(r"<([^<>\s][^<>]*\.\w+)>", line)  # text and file names in turn
         content = [{"type": ("text", "image")[i % 2], ("text", "image")[i % 2]: x} for i, x in enumerate(parts) if x]
-        answer = pipe.chat([*messages, {"role": "user", "content": content}], generator=generator)
+        try:
+            answer = pipe.chat([*messages, {"role": "user", "content": content}], generator=generator)
+        except (ValueError, OSError) as error:  # a mistyped file name must not end the talk
+            typer.echo(f"Error: {error}", err=True)
+            continue
         messages = answer.messages
         typer.echo(answer.text[0])
         for picture in answer.images:
@@ -130,21 +135,30 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file, as in traini
     """Train a model by a RECIPE."""
     import yaml
 
-    values = yaml.safe_load(recipe.read_text())
-    trainer = values.get("trainer", "sft") if isinstance(values, dict) else None
+    try:
+        values = yaml.safe_load(recipe.read_text())
+    except yaml.YAMLError as error:
+        raise ValueError(f"{recipe} is not YAML: {error}") from error
+    trainer = values.pop("trainer", "sft") if isinstance(values, dict) else None
     if trainer == "vq":
-        from modeling_lumina_mgpt.training.train_vq import main
+        from modeling_lumina_mgpt.training.train_vq import VQRecipe as Recipe
+        from modeling_lumina_mgpt.training.train_vq import train as run
     elif trainer == "sft":
-        from modeling_lumina_mgpt.training.sft import main
+        from modeling_lumina_mgpt.training.sft import SFTRecipe as Recipe
+        from modeling_lumina_mgpt.training.sft import train as run
     else:
         raise ValueError(f"{recipe}: trainer {trainer!r}; accepted are 'vq' and 'sft'")
-    main(str(recipe))
+    try:
+        loaded = Recipe(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{recipe}: {error}; accepted are {', '.join(Recipe.__dataclass_fields__)}") from error
+    run(loaded)
 
 
 @app.command()
 def evaluate(
     output_dir: Annotated[Path, typer.Option(help="Where scores.json and contact_sheet.png go.")] = Path("scores"),
-    num_per_category: Annotated[int, typer.Option(help="Sentences in each of the six categories.")] = 50,
+    num_per_category: Annotated[int, typer.Option(min=1, help="Sentences in each of the six categories.")] = 50,
     size: Size = None,
     seed: Annotated[int, typer.Option(help="Chooses the sentences.")] = 0,
     guidance_scale: Guidance = None,
@@ -175,6 +189,8 @@ def push(
 def _draw(output: Path, model: str | None, size: str | None, seed: int | None, **call: Any) -> None:
     """Calls the pipeline, prints what it says and saves what it draws."""
     call |= _size(size)
+    if output.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png")
     answer: Any = _load(model)(generator=_generator(seed), **call)
     if answer.text[0]:
         typer.echo(answer.text[0])
@@ -214,6 +230,6 @@ def _load(model: str | None) -> "LuminaMGPTPipeline":
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
     logging.disable_progress_bar()  # the one that is left shows the drawing
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return LuminaMGPTPipeline.from_pretrained(model or default_checkpoint(), dtype=dtype).to(device)

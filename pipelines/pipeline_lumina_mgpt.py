@@ -54,6 +54,7 @@ MODEL_INDEX = {
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+PER_PROMPT = ("image", "height", "width", "negative_prompt", "guidance_scale", "generator")
 
 
 @dataclass
@@ -160,7 +161,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         # 1. One prompt, picture and size per row
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
         task = task or ("text-to-image" if image is None else "edit")
-        num_prompts = next((len(given) for given in (prompt, image) if isinstance(given, list)), 1)
+        num_prompts = next((len(given) for given in (prompt, image) if isinstance(given, list | tuple)), 1)
         prompts, negatives = (
             _one_each(x, num_prompts, name) for x, name in ((prompt, "prompt"), (negative_prompt, "negative_prompt"))
         )
@@ -195,7 +196,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         # 4. Ids to text and pictures
         parts = [self.processor.split_ids(row) for row in rows]
         images = self._decode(
-            [_last([part for part in row if not isinstance(part, str)]) for row in parts], output_type
+            [([part for part in row if not isinstance(part, str)] or [None])[-1] for row in parts], output_type
         )
         text = ["".join(part for part in row if isinstance(part, str)).strip() for row in parts]
         self.maybe_free_model_hooks()
@@ -222,6 +223,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
         inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+        inputs = inputs.to(self._execution_device)
         (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)
         parts = self.processor.split_ids(row)
         codes, words = ([part for part in parts if isinstance(part, str) is is_text] for is_text in (False, True))
@@ -238,12 +240,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
         Further arguments are those of a call, with lists for all prompts.
         """
+        prompts = [prompts] if isinstance(prompts, str) else prompts
         for first in range(0, len(prompts), batch_size):
             part: dict[str, Any] = {}
             for name, value in kwargs.items():
                 copies = num_images_per_prompt if name == "generator" else 1
                 own = slice(first * copies, (first + batch_size) * copies)
-                part[name] = value[own] if isinstance(value, list) else value
+                part[name] = value[own] if isinstance(value, list) and name in PER_PROMPT else value
             batch = prompts[first : first + batch_size]
             output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
             for i in range(len(batch)):
@@ -294,7 +297,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
     def _encode_prompts(self, task: str, prompts: list, codes: list[Tensor], heights: list, widths: list):
         """`input_ids` and `attention_mask`, int64 (prompts, length)."""
         turns = [self.processor.task_prompt(task, *each) for each in zip(prompts, heights, widths, strict=True)]
-        return self.processor(turns, images=[[grid] for grid in codes] or None).to(self._execution_device)
+        chats = [[{"role": "user", "content": turn}] for turn in turns]  # a plain call takes a rendered text verbatim
+        images = [[grid] for grid in codes] or None
+        inputs = self.processor.apply_chat_template(chats, tokenize=True, return_dict=True, images=images)
+        return inputs.to(self._execution_device)
 
     def _generate(self, inputs, callback: Callable | None, tensor_inputs: list[str], **kwargs) -> LongTensor:
         """The new ids, `(batch, length)`, finished rows padded on the right."""
@@ -380,7 +386,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 f"safe_serialization={safe_serialization}, variant={variant!r}: accepted are True and None"
             )
         folder, source = Path(save_directory), Path(__file__).parent
-        for path in folder.rglob("*.py"):
+        for path in (*folder.glob("*.py"), *folder.glob("*/root_*.py")):
             if path.is_symlink():
                 path.unlink()  # or the copies below would be written through it
         self.transformer.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -398,11 +404,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
 def _one_each(value: Any, num_prompts: int, name: str) -> list[Any]:
     """A value for each prompt, from one for all or a list."""
-    values = value if isinstance(value, list) else [value] * num_prompts
+    values = list(value) if isinstance(value, list | tuple) else [value] * num_prompts
     if len(values) != num_prompts:
         raise ValueError(f"{name} has {len(values)} values for {num_prompts} prompts")
     return values
-
-
-def _last(items: list[Any]) -> Any:
-    return items[-1] if items else None

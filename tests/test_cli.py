@@ -45,8 +45,9 @@ def test_pictures_become_pictures_of_their_size(run, arguments):
 
 
 def test_chat_goes_on_until_an_empty_line(run):
-    result = run("chat", "--seed", "0", input="hello\nAnd <input.png> this?\n\n")
-    assert result.exit_code == 0 and result.stdout.count("> ") >= 3
+    result = run("chat", "--seed", "0", input="2 < 3 and 5 > 4?\nAnd <absent.png>?\nAnd <input.png> this?\n\n")
+    assert result.exit_code == 0 and result.stdout.count("> ") >= 4
+    assert "absent.png" in result.stderr and result.stderr.count("Error") == 1
 
 
 @pytest.mark.parametrize(
@@ -54,6 +55,7 @@ def test_chat_goes_on_until_an_empty_line(run):
     [
         (("generate", "a", "--size", "33x48"), "multiples of 16"),
         (("generate", "a", "--size", "64"), "WIDTHxHEIGHT"),
+        (("generate", "a", "-o", "picture"), "such as picture.png"),
         (("predict", "etch", "input.png"), "'etch': accepted are text-to-image"),
         (("edit", "absent.png", "a"), "absent.png"),
         (("edit", "tiny/config.json", "a"), "not a picture"),
@@ -69,13 +71,19 @@ def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
     from modeling_lumina_mgpt.training import sft, train_vq
 
     called = []
-    monkeypatch.setattr(sft, "main", lambda path: called.append(("sft", path)))
-    monkeypatch.setattr(train_vq, "main", lambda path: called.append(("vq", path)))
-    for name, text in {"sft": "output_dir: x", "vq": "trainer: vq", "rl": "trainer: rl"}.items():
-        (tmp_path / name).write_text(text)
-    results = [CliRunner().invoke(app, ["train", str(tmp_path / name)]) for name in ("sft", "vq", "rl")]
-    assert called == [("sft", str(tmp_path / "sft")), ("vq", str(tmp_path / "vq"))]
-    assert results[2].exit_code == 2 and "'rl'; accepted are 'vq' and 'sft'" in results[2].stderr
+    for module in (sft, train_vq):
+        monkeypatch.setattr(module, "train", lambda recipe: called.append(type(recipe).__name__))
+    right = [
+        "{output_dir: x, mixture: {}, sft: {}, model: y}",
+        "{trainer: vq, output_dir: x, model: {}, num_codes: 1}",
+    ]
+    wrong = {"trainer: rl": "accepted are 'vq' and 'sft'", "lr: 3": "'lr'; accepted are output_dir", "a: [": "YAML"}
+    results = []
+    for text in (*right, *wrong):
+        (tmp_path / "recipe.yaml").write_text(text)
+        results.append(CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")]))
+    assert called == ["SFTRecipe", "VQRecipe"] and [result.exit_code for result in results] == [0, 0, 2, 2, 2]
+    assert all(said in result.stderr for said, result in zip(wrong.values(), results[2:], strict=True))
 
 
 def test_the_command_itself_imports_nothing_heavy():
