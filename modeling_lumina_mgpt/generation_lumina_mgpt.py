@@ -19,27 +19,17 @@ from .uni_rep import ImageLayout
 
 MIN_DECAYED_SCALE = 4.0  # Lumina-mGPT 2.0 lets a decaying guidance scale fall to here
 ENTROPY_TOP_K = (1, 2000)  # the range of PURE's top-k by entropy
-MAX_32 = 0xFFFFFFFF
+MASK_32 = 0xFFFFFFFF
 
 NO_STOCK_GUIDANCE = {"guidance_scale": 1.0}  # stock's runs the model twice
 NO_STOCK_WARPERS = {**NO_STOCK_GUIDANCE, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
-PER_ROW = ("guidance_scale", "image_top_k", "text_top_k", "image_temperature", "text_temperature")
-UNSUPPORTED = (
-    "num_beams",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
-    "penalty_alpha",
-    "assistant_model",
-)
+UNSUPPORTED = ("num_beams", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "assistant_model")
 
 
 @dataclass
 class DecodingSettings:
-    """What `generate` was asked for, defaults filled in. `PER_ROW` fields: a scalar, or one a prompt."""
+    """What `generate` was asked for, defaults filled in. Fields of type Any: a scalar, or one a prompt."""
 
     guidance_scale: Any = 4.0
     guidance_schedule: str | None = None
@@ -57,20 +47,11 @@ class DecodingSettings:
         for name, values in accepted.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(map(repr, values))}.")
-        for name, lowest in (
-            ("image_top_k", 1),
-            ("text_top_k", 1),
-            ("image_temperature", 1e-6),
-            ("text_temperature", 1e-6),
-        ):
+        for name in ("image_top_k", "text_top_k", "image_temperature", "text_temperature"):
+            lowest = 1 if name.endswith("top_k") else 1e-6
             for value in _as_list(getattr(self, name)):
                 if not value >= lowest:
                     raise ValueError(f"{name} is {value}; it must be at least {lowest} (do_sample=False is greedy).")
-
-    def per_row(self, name: str, num_prompts: int, copies: int, device) -> Tensor:
-        """One value per row `(num_prompts * copies)`."""
-        values = _per_prompt(getattr(self, name), name, num_prompts)
-        return torch.tensor(values, device=device).repeat_interleave(copies)
 
 
 @dataclass
@@ -213,7 +194,16 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             )
         mask = kwargs.pop("attention_mask", None)
         mask = torch.ones_like(ids) if mask is None else mask
-        copies = kwargs.get("num_return_sequences") or 1
+        if ids.device.type == "cpu" and self.device.type != "meta":
+            ids, mask = ids.to(self.device), mask.to(self.device)
+        if kwargs.pop("generation_mode", None) == "image" and height is None:  # the any-to-any pipeline's wish
+            height, width = self.config.default_height_px, self.config.default_width_px
+
+        def asked(name: str) -> Any:
+            found = [kwargs.get(name)] + [getattr(c, name, None) for c in (generation_config, self.generation_config)]
+            return next((value for value in found if value is not None), None)
+
+        copies = asked("num_return_sequences") or 1
         decoder = _Decoder(
             model=self,
             settings=settings,
@@ -228,9 +218,11 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             ids, mask, padding = decoder.add_negative_prompt(
                 ids, mask, negative_prompt_ids, negative_prompt_attention_mask
             )
-        limits = [getattr(c, "max_new_tokens", None) for c in (generation_config, self.generation_config)]
-        if not any([*limits, kwargs.get("max_new_tokens"), kwargs.get("max_length")]):
-            kwargs["max_new_tokens"] = max(1, self.config.max_position_embeddings - int(mask.sum(1).min()))
+        if asked("max_new_tokens") is None:
+            if asked("max_length") is None:
+                kwargs["max_new_tokens"] = max(1, self.config.max_position_embeddings - int(mask.sum(1).min()))
+            else:
+                kwargs["max_length"] = asked("max_length") + padding
         output = super().generate(
             ids,
             generation_config,
@@ -248,8 +240,9 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
     def _decoding_settings(self, generation_config, kwargs: dict) -> DecodingSettings:
         """Takes our arguments out of `kwargs`; the others come from the generation configs, then from the defaults."""
         for name in UNSUPPORTED:
-            if kwargs.get(name) not in (None, 1, 1.0):
-                raise ValueError(f"{name}={kwargs[name]!r} is not supported; sampling is by top_k and temperature.")
+            for value in (kwargs.pop(name, None), getattr(generation_config, name, None)):
+                if value not in (None, 0, 1):  # which switch it off
+                    raise ValueError(f"{name}={value!r} is not supported; sampling is by top_k and temperature.")
         given = {name: kwargs.pop(name) for name in list(DecodingSettings.__dataclass_fields__) if name in kwargs}
         for stock in ("top_k", "temperature"):
             value = kwargs.pop(stock, None)
@@ -261,7 +254,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
                 stock = name.removeprefix("image_").removeprefix("text_")
                 value = getattr(config, name, None)
                 value = getattr(config, stock, None) if value is None else value
-                if value is not None and given.get(name) is None:
+                if value is not None:
                     found.setdefault(name, value)
         return DecodingSettings(**found)
 
@@ -274,7 +267,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             if (height_px is None) != (width_px is None):
                 raise ValueError(f"height={height_px} and width={width_px}: give both or neither.")
             grids += [layout.grid(height_px, width_px) if height_px is not None else (0, 0)] * copies
-        grid = torch.tensor(grids, device=self.device)
+        grid = torch.tensor(grids)
         return grid[:, 0], grid[:, 1]
 
 
@@ -317,7 +310,7 @@ class _Decoder:
         state = self._start(input_ids, prompt_mask, generation_config.max_length - input_ids.shape[1])
         branches = 2 if bool((state.given_scale != 1).any()) else 1
         negative_ids, negative_mask = self._negative(input_ids)
-        pad_id = generation_config.pad_token_id
+        pad_id = generation_config._pad_token_tensor  # stock's: the end of a turn where there is no padding token
         scores_kept: list[Tensor] = []
         finished = torch.zeros_like(state.step, dtype=torch.bool)
         if self.streamer is not None:
@@ -361,8 +354,13 @@ class _Decoder:
         """The rows' states, once it is certain that each wanted image fits."""
         layout, lengths = self._layout(), mask.sum(1)
         room = (self.model.config.max_position_embeddings - lengths).clamp(0, max_new_tokens)
+        if bool((room <= 0).any()):
+            row, context = int(room.argmin()), self.model.config.max_position_embeddings
+            raise ValueError(f"row {row}: {int(lengths[row])} prompt tokens leave no room in a context of {context}.")
         rows, cols = (x.to(ids.device) for x in self.wanted)
-        needed = torch.where(rows > 0, layout.num_tokens(rows, cols), 0)
+        scale = self._per_row("guidance_scale", ids.device).float()
+        state = RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
+        needed = torch.where(state.wanted_rows > 0, layout.num_tokens(rows, cols), 0)
         if bool((needed > room).any()):
             row = int((needed - room).argmax())
             raise ValueError(
@@ -370,8 +368,7 @@ class _Decoder:
                 f" {int(room[row])} are left (context {self.model.config.max_position_embeddings},"
                 f" prompt {int(lengths[row])}, max_new_tokens {max_new_tokens})."
             )
-        scale = self._per_row("guidance_scale", ids.device).float()
-        return RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
+        return state
 
     def _negative(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Prompt ids as the unconditional branch has them, and which of them it always sees. (batch, length) each"""
@@ -392,7 +389,7 @@ class _Decoder:
             use_cache=cache is not None,
             logits_to_keep=1,
         )
-        return outputs.logits[:, -1].float()
+        return outputs.logits[:, -1].float().to(ids.device)
 
     def _guide(self, logits: Tensor, state: RowState) -> Tensor:
         """Conditional and unconditional scores `(2 * batch, vocab)` to guided ones; on codes only."""
@@ -439,7 +436,8 @@ class _Decoder:
 
     def _per_row(self, name: str, device) -> Tensor:
         if name not in self._values:
-            self._values[name] = self.settings.per_row(name, self.num_prompts, self.copies, device)
+            values = _per_prompt(getattr(self.settings, name), name, self.num_prompts)
+            self._values[name] = torch.tensor(values, device=device).repeat_interleave(self.copies)
         return self._values[name]
 
 
@@ -466,9 +464,9 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
 
 def _mix(x: Tensor) -> Tensor:
     """A bijective 32-bit hash (two rounds of xor-shift and multiply) of the low half of int64 values."""
-    x = x & MAX_32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MAX_32
-    x = ((x ^ (x >> 15)) * 0x846CA68B) & MAX_32
+    x = x & MASK_32
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK_32
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK_32
     return x ^ (x >> 16)
 
 

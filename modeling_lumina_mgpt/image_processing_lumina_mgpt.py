@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 
@@ -104,8 +104,12 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
-    except UnidentifiedImageError as error:
+        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
+        image.load()  # a file that was cut short shows only now
+        return image
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise
+    except (OSError, SyntaxError) as error:
         what = f"{len(source)} bytes" if isinstance(source, bytes) else source
         raise ValueError(f"{what}: not a picture in a format that PIL reads") from error
 

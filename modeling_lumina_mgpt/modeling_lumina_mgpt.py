@@ -20,7 +20,6 @@ from transformers.models.chameleon.modeling_chameleon import (
     ChameleonPreTrainedModel,
     ChameleonRMSNorm,
     ChameleonRotaryEmbedding,
-    ChameleonSwinDecoderLayer,
 )
 from transformers.utils import can_return_tuple
 
@@ -38,39 +37,29 @@ class LuminaMGPTOutputWithPast(CausalLMOutputWithPast):
 
 
 class LuminaMGPTDecoderLayer(ChameleonDecoderLayer):
-    """Normalizes before attention and MLP (7B); drops out each branch before its residual sum."""
+    """Normalizes before attention and MLP (7B) or after (swin: 30B, 34B); drops out each branch before its sum."""
 
     def __init__(self, config: LuminaMGPTConfig, layer_idx: int):
         super().__init__(config, layer_idx)
+        self.swin_norm = config.swin_norm
         self.residual_dropout = nn.Dropout(config.residual_dropout)
 
     def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor]:
         """`(batch, length, hidden_size)` to the same; `kwargs` are the attention's."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.residual_dropout(attended)
-        transformed = self.mlp(self.post_attention_layernorm(hidden_states))
-        return (hidden_states + self.residual_dropout(transformed),)
 
+        def attend(normed: Tensor) -> Tensor:
+            return self.self_attn(hidden_states=normed, **kwargs)[0]
 
-class LuminaMGPTSwinDecoderLayer(ChameleonSwinDecoderLayer):
-    """Normalizes after attention and MLP (30B, 34B); drops out each normalized branch before its residual sum."""
-
-    def __init__(self, config: LuminaMGPTConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.residual_dropout = nn.Dropout(config.residual_dropout)
-
-    def forward(self, hidden_states: Tensor, **kwargs) -> tuple[Tensor]:
-        """`(batch, length, hidden_size)` to the same; `kwargs` are the attention's."""
-        attended, _ = self.self_attn(hidden_states=hidden_states, **kwargs)
-        hidden_states = hidden_states + self.residual_dropout(self.input_layernorm(attended))
-        transformed = self.post_attention_layernorm(self.mlp(hidden_states))
-        return (hidden_states + self.residual_dropout(transformed),)
+        for norm, branch in ((self.input_layernorm, attend), (self.post_attention_layernorm, self.mlp)):
+            change = norm(branch(hidden_states)) if self.swin_norm else branch(norm(hidden_states))
+            hidden_states = hidden_states + self.residual_dropout(change)
+        return (hidden_states,)
 
 
 class LuminaMGPTPreTrainedModel(ChameleonPreTrainedModel):
     config_class = LuminaMGPTConfig
     output_modalities = ("image", "text")
-    _no_split_modules: ClassVar[list[str]] = ["LuminaMGPTDecoderLayer", "LuminaMGPTSwinDecoderLayer"]
+    _no_split_modules: ClassVar[list[str]] = ["LuminaMGPTDecoderLayer"]
 
 
 class LuminaMGPTModel(LuminaMGPTPreTrainedModel, ChameleonModel):
@@ -80,9 +69,8 @@ class LuminaMGPTModel(LuminaMGPTPreTrainedModel, ChameleonModel):
 
     def __init__(self, config: LuminaMGPTConfig):
         ChameleonPreTrainedModel.__init__(self, config)  # not ChameleonModel's: it would build the VQ model
-        layer = LuminaMGPTSwinDecoderLayer if config.swin_norm else LuminaMGPTDecoderLayer
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(layer(config, index) for index in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(LuminaMGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = ChameleonRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -168,7 +156,7 @@ def language_losses(
     logits = logits.float()
     targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(logits.device)  # (batch, length)
     counted = targets != IGNORED_LABEL
-    count = counted.sum() if num_items_in_batch is None else num_items_in_batch
+    count = counted.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
     if isinstance(count, Tensor):
         count = count.to(logits.device)
     log_partition = logits.logsumexp(-1)  # (batch, length)

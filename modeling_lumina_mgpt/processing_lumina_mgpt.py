@@ -137,10 +137,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike, *args, **kwargs):
         """As in transformers; the VQ model beside it, in `vqvae/`, is loaded when first needed.
 
-        The folder's own code is trusted: whoever calls this has loaded this very class from it.
+        A folder's own code is trusted if this class came from such a folder; else as `trust_remote_code` says.
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
-        kwargs.setdefault("trust_remote_code", True)
+        kwargs.setdefault("trust_remote_code", cls.__module__.startswith("transformers_modules"))
         processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         processor._source = str(pretrained_model_name_or_path), hub
         return processor
@@ -312,6 +312,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
             return super().apply_chat_template(
                 conversation, chat_template, continue_final_message=continue_final_message, **kwargs
             )
+        if not len(conversation):
+            raise ValueError("an empty conversation: at least one message is needed")
         options = {**(processor_kwargs or {}), **kwargs}
         is_batched = isinstance(conversation[0], list | tuple)
         conversations = conversation if is_batched else [conversation]
@@ -384,6 +386,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         Of a picture that was cut short, the finished rows remain.
         """
         ids = torch.as_tensor(ids).flatten().cpu()
+        kept = (ids != self.tokenizer.convert_tokens_to_ids(self._pad_token)).nonzero()
+        ids = ids[: int(kept[-1]) + 1] if len(kept) else ids[:0]  # padding behind a picture that was cut short
         parts: list[str | Tensor] = []
         while len(ids):
             start = _find(ids, self.uni_rep.start_id)
@@ -488,7 +492,7 @@ def _images_by_text(texts: Sequence[str], images: Any) -> list[list[Any]]:
     """Each text's own images, from one image, a flat list or a list nested by text."""
     if isinstance(images, list | tuple) and any(image is None or isinstance(image, list | tuple) for image in images):
         if len(images) != len(texts):
-            raise ValueError(f"images for {len(images)} texts, but {len(texts)} texts")
+            raise ValueError(f"{len(images)} lists of images for {len(texts)} texts")
         return [_flat(own) for own in images]
     images = _flat(images)
     if len(texts) == 1 or not images:

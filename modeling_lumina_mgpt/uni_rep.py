@@ -86,6 +86,9 @@ class ImageLayout:
                 height += 1
             else:
                 width -= 1
+        if not sizes:
+            largest = len(self.size_ids) * self.size_unit_px
+            raise ValueError(f"target {target_px} px: no size of that area has sides of at most {largest} px")
         return sizes
 
     def best_bucket(self, width_px: int, height_px: int, target_px: int) -> tuple[int, int]:
@@ -206,6 +209,8 @@ class UniRep(ImageLayout):
             raise ValueError(f"codes of shape {tuple(codes.shape)}: accepted is (rows, cols)")
         if codes.min() < 0 or codes.max() >= len(self.code_ids):
             raise ValueError(f"codes {codes.min()} to {codes.max()}: accepted are 0 to {len(self.code_ids) - 1}")
+        if rows and len(codes) > rows:
+            raise ValueError(f"{len(codes)} rows of codes for an image of {rows} rows")
         head = self.header(rows or len(codes), codes.shape[1])
         lines = torch.nn.functional.pad(self.code_ids[codes], (0, 1), value=self.end_of_line_id)  # (rows, cols + 1)
         tail = [] if rows else [self.end_id]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from golden_weights import build_golden_decoder, golden_tokenizer, load_golden
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.generation_lumina_mgpt import entropy_top_k, gumbel_noise
@@ -198,11 +198,37 @@ def test_callbacks_see_the_rows_drawn_so_far(model, tiny_processor):
         ({"top_p": 0.9}, "top_p=0.9"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
         ({"nonsense": 1}, "nonsense"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
     ],
 )
 def test_bad_arguments_are_named(model, tiny_processor, kwargs, message):
     with pytest.raises(ValueError, match=message):
         model.generate(**tiny_processor("a", return_tensors="pt"), **kwargs)
+
+
+def test_values_that_switch_stock_sampling_off_change_nothing(model, tiny_processor):
+    inputs = tiny_processor("a", return_tensors="pt")
+    options = {"seeds": [0], "max_new_tokens": 8}
+    plain = draw(model, inputs, **options)
+    for name, value in {"top_p": 1.0, "min_p": 0.0, "typical_p": None, "epsilon_cutoff": 0.0, "num_beams": 1}.items():
+        assert torch.equal(draw(model, inputs, **options, **{name: value}), plain), name
+
+
+def test_a_generation_config_counts_like_the_call(model, tiny_processor):
+    inputs = tiny_processor("a", return_tensors="pt")
+    length = inputs["input_ids"].shape[1]
+    negative = {"negative_prompt_ids": inputs["input_ids"], "height": 32, "width": 32}
+    for extra in ({}, negative):
+        asked = {"max_length": length + 30, "num_return_sequences": 2}
+        in_call = draw(model, inputs, seeds=[0, 1], **asked, **extra)
+        in_config = draw(model, inputs, seeds=[0, 1], generation_config=GenerationConfig(**asked), **extra)
+        assert torch.equal(in_call, in_config) and len(in_call) == 2 and in_call.shape[1] <= length + 30
+
+
+def test_the_any_to_any_pipelines_wish_for_a_picture_is_granted(model, tiny_processor):
+    ids = draw(model, tiny_processor("a"), seeds=[0], generation_mode="image")
+    (picture,) = tiny_processor.post_process_multimodal_output(ids, generation_mode="image")
+    assert picture.size == (model.config.default_width_px, model.config.default_height_px)
 
 
 def test_specific_settings_win_over_stock_and_call_over_configuration(model):

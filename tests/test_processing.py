@@ -1,5 +1,6 @@
 """Conversations, prompts and messages become the reference's ids, by one path, and come back as text and pictures."""
 
+import io
 import json
 
 import numpy as np
@@ -89,6 +90,11 @@ def picture(width_px=48, height_px=32, seed=0):
     return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height_px, width_px, 3), dtype=np.uint8))
 
 
+def picture_bytes():
+    picture().save(file := io.BytesIO(), "PNG")
+    return file.getvalue()
+
+
 def test_pictures_in_a_batch_have_the_codes_that_they_have_alone(tiny_processor):
     given = torch.zeros(2, 4, dtype=torch.long)
     images = [picture(48, 32), picture(90, 31, 1), given, picture(48, 32, 2), picture(30, 100, 3)]
@@ -134,6 +140,7 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path):
     ("image", "complaint"),
     [
         (b"no picture", "10 bytes: not a picture"),
+        (picture_bytes()[:-200], "not a picture"),
         (12, "of type int: accepted is a PIL image"),
         (np.zeros((4, 4, 3)) - 1, r"float array from -1.0 to -1.0: accepted is \[0, 1\]"),
         (np.zeros((4, 4, 3), np.int64), "array of int64"),
@@ -249,7 +256,7 @@ def test_pictures_without_a_place_come_first(tiny_processor):
         (lambda p: p("<|image|> <|image|>", picture()), "1 images for 2 placeholders"),
         (lambda p: p("<|image|>"), "0 images for 1 placeholders"),
         (lambda p: p(["a", "b", "c"], [picture()] * 2), "2 images for 3 places in 3 texts"),
-        (lambda p: p(["a", "b"], [[picture()]]), "images for 1 texts, but 2 texts"),
+        (lambda p: p(["a", "b"], [[picture()]]), "1 lists of images for 2 texts"),
         (lambda p: p("a", height=32), "height 32, width None: give both or none"),
         (lambda p: p("a", height=40, width=32), "height 40 px: accepted are multiples of 16"),
         (lambda p: p(["a", "b"], height=[32], width=32), "1 sizes for 2 texts"),
@@ -258,6 +265,7 @@ def test_pictures_without_a_place_come_first(tiny_processor):
             lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=True),
             "content of type 'video'",
         ),
+        (lambda p: p.apply_chat_template([], tokenize=True), "empty conversation"),
         (lambda p: p.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image, caption"),
         (lambda p: p.task_prompt("edit"), "task 'edit' takes a prompt"),
         (lambda p: p.task_prompt("depth", "a"), "task 'depth' takes no prompt"),
@@ -280,6 +288,8 @@ def test_text_and_pictures_come_back_in_order_and_unfinished_ones_in_part(tiny_p
     *_, text, part = tiny_processor.decode_ids(ids[: start + 3 + 2 * (cols + 1) + 3])
     assert (text, part.size) == ("Is it ", (8 * cols, 16))
     assert tiny_processor.decode_ids(ids[: start + 2]) == ["Is it "]
+    padding = torch.full((5,), tiny_processor.tokenizer.pad_token_id)  # as in a batch whose other rows go on
+    assert tiny_processor.decode_ids(torch.cat([ids[: start + 3 + 2 * (cols + 1) + 3], padding]))[-1].size == part.size
     pictures = tiny_processor.post_process_multimodal_output([ids, ids[:start]], generation_mode="image")
     assert np.array_equal(np.asarray(pictures[0]), np.asarray(tiny_processor.decode_image(codes[1])))
     assert pictures[1] is None

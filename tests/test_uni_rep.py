@@ -125,6 +125,8 @@ def test_requested_sizes_are_forced(uni_rep):
         (lambda rep: rep.grid(32, 0), "width 0 px"),
         (lambda rep: rep.grid(32, 176), "width 176 px"),
         (lambda rep: rep.buckets(50), "target 50 px"),
+        (lambda rep: rep.buckets(512), "target 512 px: no size of that area has sides of at most 160 px"),
+        (lambda rep: rep.encode([[1, 2]] * 4, rows=2), "4 rows of codes for an image of 2 rows"),
         (lambda rep: rep.encode([[1, 2, 3], [4, 5, 6]]), "2x3 codes: accepted sides are multiples of 2 up to 20"),
         (lambda rep: rep.encode([[1, 64], [0, 0]]), "codes 1 to 64|codes 0 to 64"),
         (lambda rep: rep.encode([1, 2]), r"shape \(2,\)"),
