@@ -21,8 +21,9 @@ MIN_DECAYED_SCALE = 4.0  # Lumina-mGPT 2.0 lets a decaying guidance scale fall t
 ENTROPY_TOP_K = (1, 2000)  # the range of PURE's top-k by entropy
 MASK_32 = 0xFFFFFFFF
 
-NO_STOCK_GUIDANCE = {"guidance_scale": 1.0}  # stock's runs the model twice
-NO_STOCK_WARPERS = {**NO_STOCK_GUIDANCE, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+NO_STOCK_SEARCH = {"guidance_scale": 1.0, "num_beams": 1}  # stock's guidance runs the model twice
+NO_STOCK_WARPERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
+NO_STOCK_WARPERS |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
 UNSUPPORTED = ("num_beams", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "assistant_model")
 
@@ -196,14 +197,16 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         mask = torch.ones_like(ids) if mask is None else mask
         if ids.device.type == "cpu" and self.device.type != "meta":
             ids, mask = ids.to(self.device), mask.to(self.device)
-        if kwargs.pop("generation_mode", None) == "image" and height is None:  # the any-to-any pipeline's wish
+        if (
+            kwargs.pop("generation_mode", None) == "image" and height is width is None
+        ):  # the any-to-any pipeline's wish
             height, width = self.config.default_height_px, self.config.default_width_px
 
         def asked(name: str) -> Any:
             found = [kwargs.get(name)] + [getattr(c, name, None) for c in (generation_config, self.generation_config)]
             return next((value for value in found if value is not None), None)
 
-        copies = asked("num_return_sequences") or 1
+        copies = kwargs["num_return_sequences"] = asked("num_return_sequences") or 1
         decoder = _Decoder(
             model=self,
             settings=settings,
@@ -230,7 +233,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             custom_generate=decoder.decode,
             do_sample=settings.do_sample,
             **kwargs,
-            **(NO_STOCK_WARPERS if settings.do_sample else NO_STOCK_GUIDANCE),
+            **NO_STOCK_SEARCH,
+            **(NO_STOCK_WARPERS if settings.do_sample else {}),
         )
         if isinstance(output, Tensor):
             return output[:, padding:]

@@ -259,6 +259,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         target_px: int | None = None,
         return_tensors: str | None = "pt",
         padding: bool = True,
+        videos: None = None,
+        audio: None = None,
     ) -> BatchFeature:
         """Prompts -> ids, padded on the left.
 
@@ -268,16 +270,19 @@ class LuminaMGPTProcessor(ProcessorMixin):
                 the front, each followed by a space.
             height, width: pixels of the picture to draw, for all or one a text: its start and size tokens are forced.
             target_px: side of the square whose area input pictures are cropped to.
+            videos, audio: what transformers' pipelines pass; only None.
 
         Returns:
             `input_ids` and `attention_mask`, int64 (batch, length).
         """
         texts = [text] if isinstance(text, str) else list(text)
         images = _images_by_text(texts, images)
-        sizes = zip(_per_text(height, len(texts)), _per_text(width, len(texts)), strict=True)
+        if videos is not None or audio is not None:
+            raise ValueError("videos and audio are not accepted: the models read text and images")
+        heights, widths = _per_text(height, "height", len(texts)), _per_text(width, "width", len(texts))
         codes = iter(self.encode_images(list(chain(*images)), target_px))
         rows = []
-        for words, pictures, size in zip(texts, images, sizes, strict=True):
+        for words, pictures, *size in zip(texts, images, heights, widths, strict=True):
             own = [next(codes) for _ in pictures]
             ids = self._rendered_ids(words, own) if self._is_rendered(words) else self._turn_ids([words], own)[0]
             rows.append(ids + self._size_prefix(*size))
@@ -319,7 +324,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         conversations = conversation if is_batched else [conversation]
         given = options.pop("images", None) if images is None else images
         given = [None] * len(conversations) if given is None else given if is_batched else [given]
-        sizes = zip(*(_per_text(options.get(side), len(conversations)) for side in ("height", "width")), strict=True)
+        sizes = zip(*(_per_text(options.get(n), n, len(conversations)) for n in ("height", "width")), strict=True)
         rows, masks = [], []
         for messages, extra, size in zip(conversations, given, sizes, strict=True):
             turns = [super(LuminaMGPTProcessor, self).apply_chat_template([m], chat_template) for m in messages]
@@ -532,10 +537,10 @@ def _flat(images: Any) -> list[Any]:
     return list(images) if isinstance(images, Tensor | np.ndarray) and images.ndim == 4 else [images]
 
 
-def _per_text(value: Any, num_texts: int) -> list[Any]:
+def _per_text(value: Any, name: str, num_texts: int) -> list[Any]:
     values = list(value) if isinstance(value, list | tuple) else [value] * num_texts
     if len(values) != num_texts:
-        raise ValueError(f"{len(values)} sizes for {num_texts} texts")
+        raise ValueError(f"{name} has {len(values)} values for {num_texts} texts")
     return values
 
 

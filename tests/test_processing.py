@@ -259,7 +259,7 @@ def test_pictures_without_a_place_come_first(tiny_processor):
         (lambda p: p(["a", "b"], [[picture()]]), "1 lists of images for 2 texts"),
         (lambda p: p("a", height=32), "height 32, width None: give both or none"),
         (lambda p: p("a", height=40, width=32), "height 40 px: accepted are multiples of 16"),
-        (lambda p: p(["a", "b"], height=[32], width=32), "1 sizes for 2 texts"),
+        (lambda p: p(["a", "b"], height=[32], width=32), "height has 1 values for 2 texts"),
         (lambda p: p.apply_chat_template([{"role": "system", "content": "a"}], tokenize=True), "role 'system'"),
         (
             lambda p: p.apply_chat_template([{"role": "user", "content": [{"type": "video"}]}], tokenize=True),
