@@ -197,9 +197,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         mask = torch.ones_like(ids) if mask is None else mask
         if ids.device.type == "cpu" and self.device.type != "meta":
             ids, mask = ids.to(self.device), mask.to(self.device)
-        if (
-            kwargs.pop("generation_mode", None) == "image" and height is width is None
-        ):  # the any-to-any pipeline's wish
+        wants_picture = kwargs.pop("generation_mode", None) == "image"  # says the any-to-any pipeline
+        if wants_picture and height is width is None:
             height, width = self.config.default_height_px, self.config.default_width_px
 
         def asked(name: str) -> Any:
