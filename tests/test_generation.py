@@ -219,7 +219,7 @@ def test_a_generation_config_counts_like_the_call(model, tiny_processor):
     length = inputs["input_ids"].shape[1]
     negative = {"negative_prompt_ids": inputs["input_ids"], "height": 32, "width": 32}
     for extra in ({}, negative):
-        asked = {"max_length": length + 30, "num_return_sequences": 2}
+        asked = {"max_length": length + 30, "num_return_sequences": 2, "do_sample": True}
         in_call = draw(model, inputs, seeds=[0, 1], **asked, **extra)
         in_config = draw(model, inputs, seeds=[0, 1], generation_config=GenerationConfig(**asked), **extra)
         assert torch.equal(in_call, in_config) and len(in_call) == 2 and in_call.shape[1] <= length + 30
