@@ -13,8 +13,8 @@ from modeling_lumina_mgpt.training.tabletop import Caption, SceneObject, in_test
 
 
 def picture(*objects: tuple[str, str, float, float]) -> Image.Image:
-    """A render of large objects (shape, color, x, z)."""
-    solids = tuple(SceneObject(shape, color, "large", x, z, 0.4) for shape, color, x, z in objects)
+    """A render of small objects (shape, color, x, z)."""
+    solids = tuple(SceneObject(shape, color, "small", x, z, 0.4) for shape, color, x, z in objects)
     scene = sample_scene(random.Random(0), 64, 64)
     scene = replace(scene, objects=solids, table="wooden", wall=1, light_azimuth=0.5)
     return to_image(render([scene], 64, 64).rgb[0])
