@@ -234,7 +234,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         return LuminaMGPTPipelineOutput(images=images, text=["".join(words).strip()], messages=[*messages, answer])
 
     def stream(
-        self, prompts: list[str], batch_size: int = 8, num_images_per_prompt: int = 1, **kwargs
+        self, prompts: str | list[str], batch_size: int = 8, num_images_per_prompt: int = 1, **kwargs
     ) -> Iterator[tuple[int, LuminaMGPTPipelineOutput]]:
         """Yields `(index, output)` for each prompt as soon as it is drawn, `batch_size` prompts at a time.
 
