@@ -196,11 +196,13 @@ def _place(rng, combinations, width_px, height_px) -> list[SceneObject] | None:
         z = rng.uniform(5.2, 8.8)
         reach = max(half_w * z / FOCAL_LENGTH - SIZES[size], 0.05)
         candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.choice(YAWS))
+        if not all(_apart(candidate, o) for o in objects):
+            continue
         box = _projected_box(candidate)
         inside = (
             -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
         )
-        if inside and all(_compatible(candidate, box, o, b) for o, b in zip(objects, boxes, strict=True)):
+        if inside and all(_visible(candidate, box, o, b) for o, b in zip(objects, boxes, strict=True)):
             objects.append(candidate)
             boxes.append(box)
             if len(objects) == len(combinations):
@@ -208,9 +210,11 @@ def _place(rng, combinations, width_px, height_px) -> list[SceneObject] | None:
     return None
 
 
-def _compatible(a: SceneObject, box_a, b: SceneObject, box_b) -> bool:
-    if math.hypot(a.x - b.x, a.z - b.z) < 1.25 * (a.radius + b.radius):
-        return False
+def _apart(a: SceneObject, b: SceneObject) -> bool:
+    return math.hypot(a.x - b.x, a.z - b.z) >= 1.25 * (a.radius + b.radius)
+
+
+def _visible(a: SceneObject, box_a, b: SceneObject, box_b) -> bool:
     width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
     height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
     hidden = box_a if a.z > b.z else box_b

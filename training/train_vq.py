@@ -99,9 +99,10 @@ class Codebook:
         sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
         self.counts.lerp_(counts, 1 - self.decay)
         self.sums.lerp_(sums, 1 - self.decay)
-        dead = self.counts < 0.02
-        self.sums[dead] = flat[torch.multinomial(error.square() + 1e-12, max(int(dead.sum()), 1))][: int(dead.sum())]
-        self.counts[dead] = 1.0
+        dead = (self.counts < 0.02).nonzero()[:, 0]
+        if len(dead):  # they start again at latents that are far from every code
+            self.sums[dead] = flat[torch.multinomial(error.square() + 1e-12, len(dead))]
+            self.counts[dead] = 1.0
         self.vectors.copy_(self.sums / self.counts[:, None])
 
 
@@ -128,18 +129,14 @@ def _render(indices: range, size_px: int, seed: int) -> np.ndarray:
 
 def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Generator) -> torch.Tensor:
     """Random crops in [-1, 1], `(batch, 3, crop, crop)`; seven in ten are RGB, the others maps."""
+    num_scenes = np.array([len(pool) for pool in pools])
     crops = []
-    for _ in range(recipe.batch_size):
-        pool = pools[rng.choice(len(pools), p=_shares(pools))]
+    for choice in rng.choice(len(pools), recipe.batch_size, p=num_scenes / num_scenes.sum()):
+        pool = pools[choice]
         kind = 0 if rng.random() < 0.7 else rng.integers(1, pool.shape[1])
         top, left = (rng.integers(0, side - recipe.crop_px + 1) for side in pool.shape[2:4])
         crops.append(pool[rng.integers(len(pool)), kind, top : top + recipe.crop_px, left : left + recipe.crop_px])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def _shares(pools: list[np.ndarray]) -> np.ndarray:
-    sizes = np.array([len(pool) for pool in pools], float)
-    return sizes / sizes.sum()
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
