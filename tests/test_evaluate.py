@@ -9,7 +9,15 @@ import pytest
 from PIL import Image
 
 from modeling_lumina_mgpt.training import evaluate as scores
-from modeling_lumina_mgpt.training.tabletop import Caption, SceneObject, in_test_split, render, sample_scene, to_image
+from modeling_lumina_mgpt.training.tabletop import (
+    HELD_OUT,
+    Caption,
+    SceneObject,
+    in_test_split,
+    render,
+    sample_scene,
+    to_image,
+)
 
 
 def picture(*objects: tuple[str, str, float, float]) -> Image.Image:
@@ -73,6 +81,8 @@ def test_examples_are_held_out_reproducible_and_of_their_category():
     assert [e.category for e in examples] == [c for c in scores.CATEGORIES for _ in range(2)]
     assert all(scores.category_of(e.caption) == e.category and in_test_split(e.caption.text) for e in examples)
     assert [e for e in scores.held_out_examples(3, 64, 64) if e in examples] == examples
+    new = [any(o.combination in HELD_OUT for o in e.scene.objects) for e in examples]
+    assert new == [False, True] * len(scores.CATEGORIES)
 
 
 def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):
@@ -89,6 +99,7 @@ def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):
     assert report["scores"]["overall"]["rate"] >= 0.95
     assert report["validation"]["scores"] == report["scores"]
     assert json.loads(json.dumps(report))["scores"]["overall"]["of"] == 24
+    assert report["scores"]["new combinations"]["of"] == 12
     assert scores.contact_sheet(report["pictures"], images).width > 8 * 64
     noise, _ = scores.evaluate(draw_noise, 1, 64, 64)
     assert noise["scores"]["overall"]["rate"] == 0

@@ -33,6 +33,7 @@ from scipy.spatial import ConvexHull, QhullError, cKDTree
 
 from .tabletop import (
     COLORS,
+    HELD_OUT,
     SHAPES,
     TABLES,
     WALLS,
@@ -244,21 +245,26 @@ def _true_pictures(
 
 
 def held_out_examples(num_per_category: int, width_px: int, height_px: int, seed: int = 0) -> list[Example]:
-    """Test sentences about scenes with a held-out object; example i of a category depends on `seed` and i alone."""
+    """Test sentences, every second about a scene with a combination of shape, color and size that training never has.
+
+    Example i of a category depends on `seed` and i alone.
+    """
     examples = []
     for category in CATEGORIES:
         for i in range(num_per_category):
             rng = random.Random(f"{seed}/{category}/{i}")
-            scene, caption = _draw_example(category, rng, width_px, height_px)
+            scene, caption = _draw_example(category, rng, width_px, height_px, split=("train", "test")[i % 2])
             examples.append(Example(category, caption, scene, rng.getrandbits(32)))
     return examples
 
 
-def _draw_example(category: str, rng: random.Random, width_px: int, height_px: int) -> tuple[Scene, Caption]:
+def _draw_example(
+    category: str, rng: random.Random, width_px: int, height_px: int, split: str
+) -> tuple[Scene, Caption]:
     counts = {"single_object": (1,), "colors": (1,), "counting": (2, 3, 4)}.get(category, (2,))
     num_objects = rng.choice(counts)
     while True:
-        scene = sample_scene(rng, width_px, height_px, num_objects, split="test")
+        scene = sample_scene(rng, width_px, height_px, num_objects, split)
         for caption in (describe(scene, rng, split="any") for _ in range(16)):
             if category_of(caption) == category and in_test_split(caption.text):
                 return scene, caption
@@ -334,13 +340,18 @@ _KINDS = {"shape": SHAPES, "color": tuple(COLORS)}
 
 
 def _score_table(examples: Sequence[Example], passed: Sequence[bool]) -> dict[str, dict]:
-    """For each category, and their mean as "overall": the rate, its count and its 95% Wilson interval."""
-    table: dict[str, dict] = {}
-    for category in CATEGORIES:
-        hits: list[bool] = [p for e, p in zip(examples, passed, strict=True) if e.category == category]
-        table[category] = {"rate": sum(hits) / len(hits), "of": len(hits), "interval": wilson(sum(hits), len(hits))}
-    rate = sum(score["rate"] for score in table.values()) / len(table)
-    return {**table, "overall": {"rate": rate, "of": len(passed), "interval": wilson(rate * len(passed), len(passed))}}
+    """The rate, its count and its 95% Wilson interval: by category, overall, and by whether training has had the
+    scene's combinations of shape, color and size."""
+    groups: dict[str, list[bool]] = {}
+    for example, hit in zip(examples, passed, strict=True):
+        is_new = any(o.combination in HELD_OUT for o in example.scene.objects)
+        for name in (example.category, "overall", "new combinations" if is_new else "seen combinations"):
+            groups.setdefault(name, []).append(hit)
+    order = [*CATEGORIES, "overall", "seen combinations", "new combinations"]
+    return {
+        name: {"rate": sum(hits) / len(hits), "of": len(hits), "interval": wilson(sum(hits), len(hits))}
+        for name, hits in sorted(groups.items(), key=lambda item: order.index(item[0]))
+    }
 
 
 def wilson(hits: float, of: int) -> tuple[float, float]:
