@@ -28,6 +28,7 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
+CHAMELEON_ONLY = ("architectures", "dropout", "image_token_id", "mask_image_logits", "vocabulary_map", "vq_config")
 IMAGE_LAYOUT_KEYS = {
     "start_id",
     "end_id",
@@ -100,6 +101,15 @@ class LuminaMGPTConfig(PreTrainedConfig):
         if self.image_layout is not None and set(self.image_layout) != IMAGE_LAYOUT_KEYS:
             raise ValueError(f"image_layout has keys {sorted(self.image_layout)}, not {sorted(IMAGE_LAYOUT_KEYS)}")
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
+        """As in transformers; a published checkpoint's configuration, which says "chameleon", is translated."""
+        values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        if values.get("model_type") == "chameleon":
+            kept = {name: value for name, value in values.items() if name not in CHAMELEON_ONLY}
+            values = {**kept, "model_type": cls.model_type, "residual_dropout": values.get("dropout", 0.0)}
+        return values, kwargs
 
     def validate_token_ids(self):
         """Replaces a stock check, which would warn that `image_token_id` lies outside the embedding, as it should."""

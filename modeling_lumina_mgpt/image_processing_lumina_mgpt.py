@@ -81,6 +81,20 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
 
+    def tile(self, image: Any, side_px: int) -> "Tiling":
+        """Any picture as squares."""
+        return Tiling(self.load(image), side_px)
+
+    def fix_colors(self, picture: Image.Image, source: Image.Image, method: str) -> Image.Image:
+        """The picture with the colors of its source, by "wavelet" or "adain"; both of one size."""
+        self.check_color_fix(method)
+        return COLOR_FIXES[method](picture, source)
+
+    def check_color_fix(self, method: str) -> None:
+        """ValueError for what `fix_colors` does not know."""
+        if method not in COLOR_FIXES:
+            raise ValueError(f"color fix {method!r}: accepted are {', '.join(COLOR_FIXES)}")
+
     def crop(
         self, image: Image.Image, width_px: int, height_px: int, generator: torch.Generator | None = None
     ) -> Image.Image:
@@ -100,6 +114,97 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         scale = max(width_px / image.width, height_px / image.height)
         size = round(image.width * scale), round(image.height * scale)
         return image.resize(size, Image.Resampling.BICUBIC)
+
+
+class Tiling:
+    """A picture as overlapping squares, for a model that draws squares of one size.
+
+    One that fits into a square is stretched to it (and comes back as large as the square); others are cut up, after
+    scaling the shorter side up to the square's if it is shorter.
+
+    Args:
+        picture: in RGB.
+        side_px: of the squares.
+    """
+
+    def __init__(self, picture: Image.Image, side_px: int):
+        width, height = picture.size
+        self.side_px, self.overlap_px = side_px, side_px // 8
+        if max(width, height) <= side_px:
+            scale = side_px / max(width, height)
+            self.size_px, scaled = (round(width * scale), round(height * scale)), (side_px, side_px)
+        else:
+            scale = max(1, side_px / min(width, height))
+            self.size_px, scaled = (width, height), (round(width * scale), round(height * scale))
+        self.picture = picture.resize(scaled, Image.Resampling.BICUBIC)
+        self.corners = [(left, top) for top in self._starts(scaled[1]) for left in self._starts(scaled[0])]
+
+    def _starts(self, length_px: int) -> list[int]:
+        """Where squares begin along a side, evenly spread."""
+        step_px = self.side_px - self.overlap_px
+        num_steps = -(-(length_px - self.side_px) // step_px)
+        return [i * (length_px - self.side_px) // max(num_steps, 1) for i in range(num_steps + 1)]
+
+    def cut(self) -> list[Image.Image]:
+        """The squares."""
+        return [self.picture.crop((x, y, x + self.side_px, y + self.side_px)) for x, y in self.corners]
+
+    def merge(self, tiles: list[Image.Image]) -> Image.Image:
+        """The whole from squares in the order of `cut`, faded into each other where they overlap."""
+        distance = np.minimum(np.arange(self.side_px), np.arange(self.side_px)[::-1]) + 1.0  # to the nearest edge
+        ramp = np.minimum(distance, self.overlap_px) / self.overlap_px
+        weight = (ramp[:, None] * ramp)[..., None]
+        total = np.zeros((self.picture.height, self.picture.width, 3))
+        weights = np.zeros_like(total)
+        for (x, y), tile in zip(self.corners, tiles, strict=True):
+            place = slice(y, y + self.side_px), slice(x, x + self.side_px)
+            total[place] += weight * np.array(tile)
+            weights[place] += weight
+        merged = Image.fromarray((total / weights).round().astype(np.uint8))
+        return merged.resize(self.size_px, Image.Resampling.BICUBIC)
+
+
+def wavelet_color_fix(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """The picture's details over the source's colors; both of one size. (PURE, arXiv 2503.11073)
+
+    Five levels of an undecimated wavelet transform part the two.
+    """
+    (details, _), (_, colors) = (_wavelet_bands(x) for x in _two_of_a_size(picture, source))
+    return _to_picture(details + colors)
+
+
+def adain_color_fix(picture: Image.Image, source: Image.Image) -> Image.Image:
+    """The picture with its channels shifted and scaled to the source's means and deviations; both of one size."""
+    x, target = _two_of_a_size(picture, source)
+    (deviation, mean), (wanted_deviation, wanted_mean) = (torch.std_mean(y, (1, 2), keepdim=True) for y in (x, target))
+    return _to_picture((x - mean) / deviation.clamp(min=1e-5) * wanted_deviation + wanted_mean)
+
+
+def _wavelet_bands(x: torch.Tensor, num_levels: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """High and low frequencies of (3, height, width), which sum to it."""
+    weights = torch.tensor([1.0, 2.0, 1.0])
+    kernel = (weights[:, None] * weights / 16).expand(3, 1, 3, 3)
+    low = x[None]
+    for dilation in (2**level for level in range(num_levels)):
+        padded = torch.nn.functional.pad(low, (dilation,) * 4, mode="replicate")
+        low = torch.nn.functional.conv2d(padded, kernel, groups=3, dilation=dilation)
+    return x - low[0], low[0]
+
+
+def _two_of_a_size(*pictures: Image.Image) -> list[torch.Tensor]:
+    """Float32 (3, height, width) in [0, 1] of each."""
+    if len({picture.size for picture in pictures}) > 1:
+        raise ValueError(
+            f"pictures of {' and '.join(map(str, (p.size for p in pictures)))}: accepted are two of one size"
+        )
+    return [torch.from_numpy(np.array(p.convert("RGB"), np.float32)).permute(2, 0, 1) / 255 for p in pictures]
+
+
+def _to_picture(x: torch.Tensor) -> Image.Image:
+    return Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix}
 
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:

@@ -60,19 +60,44 @@ class Task:
         template: the user's turn, with `{prompt}` where the user's words go and `<|image|>` for a picture.
         answer: what the model says: "image", "text", or "text+image".
         default_prompt: the user's words if there are none.
+        checkpoint: a published one that was trained for it.
+        continues: whether the answer's picture begins with the rows of the given one.
+        num_panels: how many pictures of one size the answer's picture holds, above each other.
     """
 
     template: str
     answer: str = "image"
     default_prompt: str = ""
+    checkpoint: str = "Lumina-mGPT-7B-768-Omni"
+    continues: bool = False
+    num_panels: int = 1
 
     @property
     def needs_image(self) -> bool:
-        return IMAGE in self.template
+        return IMAGE in self.template or self.continues
 
 
+TEXT_TO_IMAGE = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
+DUAL_PANEL = (
+    "Generate a dual-panel image of {{width}}x{{height}} where the <{drawn} half> displays a <{{condition}}>,"
+    " while the <{kept} half> retains the original image for direct visual comparison:\n{{prompt}}"
+)
+CONDITIONS = {
+    "depth": "depth map",
+    "canny": "canny edge map",
+    "hed": "hed edge map",
+    "pose": "pose estimation map",
+}
 TASKS = {
-    "text-to-image": Task("Generate an image of {width}x{height} according to the following prompt:\n{prompt}"),
+    "text-to-image": Task(TEXT_TO_IMAGE, checkpoint="Lumina-mGPT-7B-768"),
+    "complete": Task(TEXT_TO_IMAGE, checkpoint="Lumina-mGPT-7B-768", continues=True),
+    "pair": Task(DUAL_PANEL.format(drawn="lower", kept="upper"), checkpoint="Lumina-mGPT-2.0", num_panels=2),
+    "panel": Task(
+        DUAL_PANEL.format(drawn="upper", kept="lower"),
+        checkpoint="Lumina-mGPT-2.0-Omni",
+        continues=True,
+        num_panels=2,
+    ),
     "caption": Task("{prompt} <|image|>", "text", "Describe the image in detail."),
     "vqa": Task("{prompt} <|image|>", "text"),
     "edit": Task("{prompt} <|image|>"),
@@ -89,6 +114,7 @@ TASKS = {
     "restore": Task(
         "Perceive the degradation level, understand the image content, and restore the high-quality image. <|image|>",
         "text+image",
+        checkpoint="PURE",
     ),
 }
 
@@ -104,6 +130,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         codes_per_size_unit: codes on each side of a size unit.
         target_px: side of the square whose area input pictures are cropped to.
         task_templates: user turns of a checkpoint that was trained with others than those in `TASKS`, by task.
+        trained_tasks: what the checkpoint was trained for, of `TASKS`; None: not known.
     """
 
     tasks = TASKS
@@ -117,12 +144,13 @@ class LuminaMGPTProcessor(ProcessorMixin):
         codes_per_size_unit: int = 2,
         target_px: int = 512,
         task_templates: dict[str, str] | None = None,
+        trained_tasks: list[str] | None = None,
     ):
         if IMAGE not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
         self.size_unit_px, self.codes_per_size_unit, self.target_px = size_unit_px, codes_per_size_unit, target_px
-        self.task_templates = task_templates or {}
+        self.task_templates, self.trained_tasks = task_templates or {}, trained_tasks
         self.image_token = IMAGE
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.bos_token = tokenizer.bos_token or tokenizer.eos_token
@@ -187,6 +215,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         target_px: int | None = None,
         random_crop: bool = False,
         generator: torch.Generator | None = None,
+        size: tuple[int, int] | None = None,
     ) -> list[Tensor]:
         """Codes of pictures, each cropped to the bucket that suits it; codes among them pass through.
 
@@ -194,6 +223,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
             images: PIL images, paths, URLs, bytes, arrays, or codes (rows, cols).
             target_px: side of the square whose area is aimed at.
             random_crop: draw the crops' offsets (from `generator` if given) instead of centring.
+            size: `(width_px, height_px)` to crop all to, whatever their shape.
 
         Returns:
             int64 (rows, cols) on the CPU, one a picture.
@@ -201,7 +231,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         codes: list[Any] = [torch.as_tensor(image).long().cpu() if is_codes(image) else None for image in images]
         todo = [i for i, known in enumerate(codes) if known is None]
         if todo:
-            buckets = self.uni_rep.buckets(target_px or self.target_px)
+            buckets = [size] if size else self.uni_rep.buckets(target_px or self.target_px)
             source = (generator or torch.default_generator) if random_crop else None
             pictures = self.image_processor([images[i] for i in todo], buckets, source)["pixel_values"]
             for chunk in _chunks(pictures):
@@ -311,20 +341,22 @@ class LuminaMGPTProcessor(ProcessorMixin):
             return_assistant_tokens_mask: adds `assistant_masks`, 1 on answers and their end-of-turn.
             continue_final_message: leave the last answer open.
             add_generation_prompt: changes nothing: there are no role words.
-            processor_kwargs, kwargs: `height`, `width` and `target_px`, as in `__call__`.
+            processor_kwargs, kwargs: `height`, `width` and `target_px`, as in `__call__`; `upper_rows`, codes
+                (rows, cols) that the picture to draw begins with, for all or one a conversation.
         """
         if not tokenize:
             return super().apply_chat_template(
                 conversation, chat_template, continue_final_message=continue_final_message, **kwargs
             )
-        if not len(conversation):
-            raise ValueError("an empty conversation: at least one message is needed")
         options = {**(processor_kwargs or {}), **kwargs}
-        is_batched = isinstance(conversation[0], list | tuple)
+        is_batched = bool(conversation) and isinstance(conversation[0], list | tuple)
         conversations = conversation if is_batched else [conversation]
+        if not all(conversations):
+            raise ValueError("an empty conversation: at least one message is needed")
         given = options.pop("images", None) if images is None else images
         given = [None] * len(conversations) if given is None else given if is_batched else [given]
-        sizes = zip(*(_per_text(options.get(n), n, len(conversations)) for n in ("height", "width")), strict=True)
+        drawn = ("height", "width", "upper_rows")
+        sizes = zip(*(_per_text(options.get(name), name, len(conversations)) for name in drawn), strict=True)
         rows, masks = [], []
         for messages, extra, size in zip(conversations, given, sizes, strict=True):
             turns = [super(LuminaMGPTProcessor, self).apply_chat_template([m], chat_template) for m in messages]
@@ -363,25 +395,43 @@ class LuminaMGPTProcessor(ProcessorMixin):
         labels = [i if answers else IGNORED_LABEL for i, answers in zip(ids, is_answer, strict=True)]
         return {"input_ids": ids, "labels": labels}
 
+    def check_task(self, task: str, allow_untrained: bool = False) -> None:
+        """ValueError for a task that does not exist, or that this checkpoint was not trained for."""
+        if task not in TASKS:
+            raise ValueError(f"task {task!r}: accepted are {', '.join(TASKS)}")
+        if not allow_untrained and self.trained_tasks is not None and task not in self.trained_tasks:
+            raise ValueError(
+                f"task {task!r}: this checkpoint was trained for {', '.join(self.trained_tasks)}."
+                f" {TASKS[task].checkpoint} does it (allow_untrained=True tries it with this one)"
+            )
+
     def task_prompt(
-        self, task: str, prompt: str | None = None, height: int | None = None, width: int | None = None
+        self,
+        task: str,
+        prompt: str | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        condition: str | None = None,
     ) -> str:
         """The user's turn for a task, with `<|image|>` in place of the picture.
 
         Args:
             task: a key of `TASKS`; ValueError for others.
             prompt: the user's words, where the task has room for any.
-            height, width: pixels of the picture to draw; text-to-image states them, if given.
+            height, width: pixels of the picture to draw, all panels of it; some tasks state them, if given.
+            condition: of two panels, what the other one shows: "depth", "canny", "hed", "pose", or in words.
         """
-        if task not in TASKS:
-            raise ValueError(f"task {task!r}: accepted are {', '.join(TASKS)}")
+        self.check_task(task, allow_untrained=True)
         template = self.task_templates.get(task, TASKS[task].template)
         prompt = prompt or TASKS[task].default_prompt
         if bool(prompt) != ("{prompt}" in template):
             raise ValueError(f"task {task!r} takes {'no' if prompt else 'a'} prompt")
+        if bool(condition) != ("{condition}" in template):
+            raise ValueError(f"task {task!r} takes {'no' if condition else 'a'} condition")
         if height is None or width is None:
             template = template.replace(" of {width}x{height}", "")
-        return template.format(prompt=prompt, height=height, width=width)
+        shown = CONDITIONS.get(condition or "", condition)
+        return template.format(prompt=prompt, height=height, width=width, condition=shown)
 
     # Ids -> text and pictures
 
@@ -461,12 +511,18 @@ class LuminaMGPTProcessor(ProcessorMixin):
         words = backend.pre_tokenizer.pre_tokenize_str(text) if backend.pre_tokenizer else [(text, None)]
         return [token.id for word, _ in words for token in backend.model.tokenize(word)]
 
-    def _size_prefix(self, height_px: int | None, width_px: int | None) -> list[int]:
-        if height_px is None and width_px is None:
+    def _size_prefix(self, height_px: int | None, width_px: int | None, upper_rows: Any = None) -> list[int]:
+        """The tokens that a picture to draw begins with."""
+        if height_px is None and width_px is None and upper_rows is None:
             return []
         if height_px is None or width_px is None:
             raise ValueError(f"height {height_px}, width {width_px}: give both or none")
-        return self.uni_rep.header(*self.uni_rep.grid(height_px, width_px))
+        rows, cols = self.uni_rep.grid(height_px, width_px)
+        if upper_rows is None:
+            return self.uni_rep.header(rows, cols)
+        if len(upper_rows) >= rows or upper_rows.shape[1] != cols:
+            raise ValueError(f"upper rows of {tuple(upper_rows.shape)} codes for a picture of {rows}x{cols}")
+        return self.uni_rep.encode(upper_rows, rows).tolist()
 
     def _batch(
         self, rows: list[list[int]], return_tensors: str | None, padding: bool = True, pad_id: int | None = None

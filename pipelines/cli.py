@@ -172,6 +172,29 @@ def evaluate(
 
 
 @app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="Folder or repo of a published checkpoint.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to make.")] = None,
+    vq: Annotated[Path | None, typer.Option(help="Its VQ model's file, if SOURCE does not hold it.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; as in SOURCE if not given.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option(help="Its tokenizer, if SOURCE does not hold it.")] = None,
+    name: Annotated[str | None, typer.Option(help="The published checkpoint, if SOURCE is called otherwise.")] = None,
+    from_chameleon: Annotated[bool, typer.Option("--from-chameleon", help="Zero the head's image rows.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only verify the converted folder SOURCE.")] = False,
+):
+    """Convert a published checkpoint to a folder that every loader reads, and verify it."""
+    from modeling_lumina_mgpt import convert_lumina_mgpt_checkpoint as converter
+
+    if check == (out is not None):
+        raise ValueError("convert takes SOURCE and OUT, or --check and the folder to verify")
+    if out is None:
+        found = converter.check(source)
+    else:
+        found = converter.convert(source, out, vq, dtype, tokenizer, name, from_chameleon)
+    typer.echo("\n".join(found))
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="What training or `save_pretrained` wrote.")],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],

@@ -54,7 +54,7 @@ MODEL_INDEX = {
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
-PER_PROMPT = ("image", "height", "width", "negative_prompt", "guidance_scale", "generator")
+PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "guidance_scale", "generator")
 
 
 @dataclass
@@ -64,11 +64,13 @@ class LuminaMGPTPipelineOutput(BaseOutput):
     Attributes:
         images: one a row, None where a row drew none; of a chat, the answer's. As the call's `output_type` has it.
         text: one a row, empty where the model said nothing.
+        panels: of tasks with two panels, what the other one shows, in the form and order of `images`.
         messages: of a chat, the conversation with the answer at its end, its pictures as codes.
     """
 
     images: list[Any] | np.ndarray | Tensor
     text: list[str]
+    panels: list[Any] | np.ndarray | Tensor | None = None
     messages: list[dict[str, Any]] | None = None
 
 
@@ -127,6 +129,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         return_dict: bool = True,
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = _callback_tensor_inputs,
+        condition: str | list[str] | None = None,
+        color_fix: str | None = "wavelet",
+        allow_untrained: bool = False,
         **generate_kwargs,
     ) -> LuminaMGPTPipelineOutput | tuple:
         """Answers prompts with pictures or text. What is not given is as the checkpoint's `generation_config` has it.
@@ -138,7 +143,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             task: a key of `processor.tasks`. Defaults to "edit" with an image and "text-to-image" without.
             height, width: pixels, for all or one per prompt. Default: the model's own for text-to-image, the input's
                 bucket for tasks that turn a picture into a picture.
-            negative_prompt: context of guidance's unconditional branch, for all or one per prompt.
+            negative_prompt: context of guidance's unconditional branch, for all or one per prompt; "" is none.
             num_images_per_prompt: rows drawn of each prompt; they follow each other in the output.
             guidance_scale: for all or one per prompt; 1 is without guidance.
             generator: one for all, or one per row.
@@ -148,6 +153,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 numbers count tokens. Tokens are final: what it returns is ignored.
             callback_on_step_end_tensor_inputs: of "generated_ids": `LongTensor (batch, step + 1)`, whose rows
                 `processor.decode_ids` shows as far as they are drawn.
+            condition: for all or one per prompt; of two panels, what the other one shows: "depth", "canny", "hed",
+                "pose", or in words, such as a subject to draw again. `height` and `width` are those of one panel.
+            color_fix: "wavelet", "adain" or None: how a restored picture gets the colors of `image`. One larger than
+                the model's square is restored in overlapping squares; a smaller one comes back that large.
+            allow_untrained: try a task that this checkpoint was not trained for.
             generate_kwargs: further arguments of the model's `generate`: `image_top_k`, `text_top_k`,
                 `image_temperature`, `text_temperature`, `top_k_schedule`, `decoding`, `max_new_tokens`, ...
 
@@ -155,33 +165,49 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             `LuminaMGPTPipelineOutput`, or with `return_dict=False` the tuple `(images, text)`.
 
         Raises:
-            ValueError: for an unknown task, a missing or superfluous prompt or image, an impossible size, or a list of
-                another length than the prompts'.
+            ValueError: for an unknown or untrained task, a missing or superfluous prompt or image, an impossible size,
+                or a list of another length than the prompts'.
         """
         # 1. One prompt, picture and size per row
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
         task = task or ("text-to-image" if image is None else "edit")
+        self.processor.check_task(task, allow_untrained)
         num_prompts = next((len(given) for given in (prompt, image) if isinstance(given, list | tuple)), 1)
+        if not num_prompts:
+            raise ValueError("an empty list: at least one prompt or image is needed")
         prompts, negatives = (
             _one_each(x, num_prompts, name) for x, name in ((prompt, "prompt"), (negative_prompt, "negative_prompt"))
         )
-        codes = self._encode_images(task, _one_each(image, num_prompts, "image"))
-        heights, widths = self._sizes(
-            task, codes, _one_each(height, num_prompts, "height"), _one_each(width, num_prompts, "width")
-        )
+        images = self._check_images(task, _one_each(image, num_prompts, "image"))
+        heights, widths = _one_each(height, num_prompts, "height"), _one_each(width, num_prompts, "width")
+        if restoration := self._restoration(task, images, heights, color_fix, output_type):
+            owners = [i for i, tiling in enumerate(restoration) for _ in tiling.corners]
+            images = [square for tiling in restoration for square in tiling.cut()]
+            prompts, negatives, heights, widths = (
+                [values[i] for i in owners] for values in (prompts, negatives, heights, widths)
+            )
+            if isinstance(guidance_scale, list):
+                guidance_scale = [guidance_scale[i] for i in owners]
+            if isinstance(generator, list):
+                copies = range(num_images_per_prompt)
+                generator = [generator[i * num_images_per_prompt + copy] for i in owners for copy in copies]
+        conditions = _one_each(condition, len(prompts), "condition")
+        codes, heights, widths = self._encode_images(task, images, heights, widths)
 
         # 2. Prompts to ids
-        inputs = self._encode_prompts(task, prompts, codes, heights, widths)
+        asked, uni_rep = self.processor.tasks[task], self.processor.uni_rep
+        inputs = self._encode_prompts(task, prompts, conditions, codes, heights, widths)
         if negative_prompt:
-            negative = self._encode_prompts(task, negatives, codes, heights, widths)
+            filled = [negative or words for negative, words in zip(negatives, prompts, strict=True)]
+            negative = self._encode_prompts(task, filled, conditions, codes, heights, widths, with_upper_rows=False)
+            is_given = torch.tensor([[bool(words)] for words in negatives], device=self._execution_device)
             generate_kwargs["negative_prompt_ids"] = negative["input_ids"]
-            generate_kwargs["negative_prompt_attention_mask"] = negative["attention_mask"]
-        if self.processor.tasks[task].answer == "image":  # such an answer ends with its picture
-            uni_rep = self.processor.uni_rep
+            generate_kwargs["negative_prompt_attention_mask"] = negative["attention_mask"] * is_given
+        if asked.answer == "image":  # such an answer ends with its picture
             generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
 
         # 3. Generate
-        rows = self._generate(
+        answers: Any = self._generate(
             inputs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
@@ -194,13 +220,25 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         )
 
         # 4. Ids to text and pictures
-        parts = [self.processor.split_ids(row) for row in rows]
-        images = self._decode(
-            [([part for part in row if not isinstance(part, str)] or [None])[-1] for row in parts], output_type
-        )
+        if asked.continues:
+            begun = [uni_rep.encode(x, uni_rep.grid(h, w)[0]) for x, h, w in zip(codes, heights, widths, strict=True)]
+            rows = [ids for ids in begun for _ in range(num_images_per_prompt)]
+            answers = [torch.cat([ids, answer.cpu()]) for ids, answer in zip(rows, answers, strict=True)]
+        parts = [self.processor.split_ids(answer) for answer in answers]
         text = ["".join(part for part in row if isinstance(part, str)).strip() for row in parts]
+        drawn = [([x for x in row if not isinstance(x, str)] or [None])[-1] for row in parts]
+        others = None
+        if asked.num_panels > 1:  # the one with the picture is drawn last, if the other one is given
+            whole = [height for height in heights for _ in range(num_images_per_prompt)]
+            halves = [_halves(x, uni_rep.grid(h, uni_rep.size_unit_px)[0]) for x, h in zip(drawn, whole, strict=True)]
+            drawn, others = ([pair[i] for pair in halves] for i in (asked.continues, not asked.continues))
+            others = self._as_output(self._decode(others, output_type), output_type)
+        drawn = self._decode(drawn, output_type)
+        if restoration:
+            drawn, text = self._merge(restoration, drawn, text, num_images_per_prompt, color_fix)
+        images = self._as_output(drawn, output_type)
         self.maybe_free_model_hooks()
-        return LuminaMGPTPipelineOutput(images=images, text=text) if return_dict else (images, text)
+        return LuminaMGPTPipelineOutput(images=images, text=text, panels=others) if return_dict else (images, text)
 
     @torch.no_grad()
     def chat(
@@ -228,7 +266,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         parts = self.processor.split_ids(row)
         codes, words = ([part for part in parts if isinstance(part, str) is is_text] for is_text in (False, True))
         content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in parts]
-        images = self._decode(codes, output_type)
+        images = self._as_output(self._decode(codes, output_type), output_type)
         self.maybe_free_model_hooks()
         answer = {"role": "assistant", "content": content}
         return LuminaMGPTPipelineOutput(images=images, text=["".join(words).strip()], messages=[*messages, answer])
@@ -269,37 +307,71 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)}: accepted are {self._callback_tensor_inputs}"
             )
 
-    def _encode_images(self, task: str, images: list[Any]) -> list[Tensor]:
-        """Codes (rows, cols) of the pictures that a task is about, none for tasks without."""
-        if task not in self.processor.tasks:
-            raise ValueError(f"task {task!r}: accepted are {', '.join(self.processor.tasks)}")
+    def _check_images(self, task: str, images: list[Any]) -> list[Any]:
         needs_image = self.processor.tasks[task].needs_image
         if any((image is not None) != needs_image for image in images):
             raise ValueError(f"task {task!r} takes {'an' if needs_image else 'no'} image")
-        return self.processor.encode_images(images) if needs_image else []
+        return images
 
-    def _sizes(self, task: str, codes: list[Tensor], heights: list, widths: list) -> tuple[list, list]:
-        """Height and width in pixels that each row must draw, None where the model decides."""
-        config, uni_rep = self.transformer.config, self.processor.uni_rep
+    def _encode_images(self, task: str, images: list[Any], heights: list, widths: list) -> tuple[list, list, list]:
+        """Codes (rows, cols) of the pictures given; height and width in pixels of the picture that each row must draw,
+        all panels of it, None where the model decides."""
+        config, uni_rep, asked = self.transformer.config, self.processor.uni_rep, self.processor.tasks[task]
+        follows = asked.needs_image and not asked.continues
+        codes = self.processor.encode_images(images) if follows else []
         sizes = []
         for row, (height, width) in enumerate(zip(heights, widths, strict=True)):
             if (height is None) != (width is None):
                 raise ValueError(f"height {height}, width {width}: give both or none")
             if height is not None:
-                uni_rep.grid(height, width)  # raises for what cannot be drawn
-            elif not codes:
-                height, width = config.default_height_px, config.default_width_px
-            elif self.processor.tasks[task].answer == "image":
+                uni_rep.grid(height * asked.num_panels, width)  # raises for what cannot be drawn
+            elif not follows and not (asked.continues and asked.num_panels > 1):
+                height, width = config.default_height_px // asked.num_panels, config.default_width_px
+            if asked.continues:
+                codes.append(self._upper_rows(images[row], height, width, asked.num_panels))
+            if height is None and asked.answer == "image":
                 height, width = (n * uni_rep.size_unit_px // uni_rep.codes_per_size_unit for n in codes[row].shape)
-            sizes.append((height, width))
-        return [height for height, _ in sizes], [width for _, width in sizes]
+            sizes.append((height and height * asked.num_panels, width))
+        return codes, [height for height, _ in sizes], [width for _, width in sizes]
 
-    def _encode_prompts(self, task: str, prompts: list, codes: list[Tensor], heights: list, widths: list):
+    def _upper_rows(self, image: Any, height: int | None, width: int | None, num_panels: int) -> Tensor:
+        """Codes of what a picture begins with: a whole panel, or as many rows as the image has in that width."""
+        if isinstance(image, Tensor) and image.ndim == 2:
+            return image
+        unit_px = self.processor.uni_rep.size_unit_px
+        if height is None or width is None:  # a bucket such that all panels have the area that the model draws
+            target_px = int(self.processor.target_px / num_panels**0.5) // unit_px * unit_px
+            return self.processor.encode_image(image, max(target_px, unit_px))
+        size = (width, height)
+        if num_panels == 1:
+            picture, code_px = (
+                self.processor.image_processor.load(image),
+                unit_px // self.processor.codes_per_size_unit,
+            )
+            num_rows = round(picture.height * width / picture.width / code_px)
+            size = (width, min(max(num_rows, 1), height // code_px - 1) * code_px)
+        return self.processor.encode_images([image], size=size)[0]
+
+    def _encode_prompts(
+        self,
+        task: str,
+        prompts: list,
+        conditions: list,
+        codes: list,
+        heights: list,
+        widths: list,
+        with_upper_rows=True,
+    ):
         """`input_ids` and `attention_mask`, int64 (prompts, length)."""
-        turns = [self.processor.task_prompt(task, *each) for each in zip(prompts, heights, widths, strict=True)]
+        rows = zip(prompts, heights, widths, conditions, strict=True)
+        turns = [self.processor.task_prompt(task, *row) for row in rows]
         chats = [[{"role": "user", "content": turn}] for turn in turns]  # a plain call takes a rendered text verbatim
-        images = [[grid] for grid in codes] or None
-        inputs = self.processor.apply_chat_template(chats, tokenize=True, return_dict=True, images=images)
+        options: dict[str, Any] = {}
+        if not self.processor.tasks[task].continues:
+            options["images"] = [[grid] for grid in codes] or None
+        elif with_upper_rows:
+            options = {"upper_rows": codes, "height": heights, "width": widths}
+        inputs = self.processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
         return inputs.to(self._execution_device)
 
     def _generate(self, inputs, callback: Callable | None, tensor_inputs: list[str], **kwargs) -> LongTensor:
@@ -321,19 +393,57 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             return max(self.processor.uni_rep.num_tokens(*self.processor.uni_rep.grid(h, w)) for h, w in sizes)
         return max_new_tokens or self.transformer.config.max_position_embeddings - prompt_length
 
-    def _decode(self, codes: list[Tensor | None], output_type: str) -> Any:
-        """Codes (rows, cols) to pictures; None stays None."""
-        images: list[Any] = list(codes)
-        if output_type != "latent":
-            drawn = [i for i, grid in enumerate(codes) if grid is not None]
-            for i, picture in zip(drawn, self.processor.decode_images([codes[i] for i in drawn]), strict=True):
-                images[i] = picture if output_type == "pil" else np.asarray(picture, dtype=np.float32) / 255
-        if output_type == "pil":
-            return images
+    def _decode(self, codes: list[Tensor | None], output_type: str) -> list[Any]:
+        """Codes (rows, cols) to PIL images, but for "latent"; None stays None."""
+        if output_type == "latent":
+            return codes
+        pictures = iter(self.processor.decode_images([grid for grid in codes if grid is not None]))
+        return [None if grid is None else next(pictures) for grid in codes]
+
+    def _as_output(self, images: list[Any], output_type: str) -> Any:
+        """PIL images, or codes, as `output_type` has them; those of one size are stacked but for "pil"."""
+        if output_type in ("np", "pt"):
+            images = [None if x is None else np.asarray(x, dtype=np.float32) / 255 for x in images]
         if output_type == "pt":
             images = [None if x is None else torch.from_numpy(x).permute(2, 0, 1) for x in images]
+        if output_type == "pil":
+            return images
         same = len({None if x is None else tuple(x.shape) for x in images}) == 1 and images[0] is not None
         return (np.stack if output_type == "np" else torch.stack)(images) if same else images
+
+    # Restoration of pictures of any size
+
+    def _restoration(
+        self, task: str, images: list[Any], heights: list, color_fix: str | None, output_type: str
+    ) -> list:
+        """The pictures to restore, as squares that the model can take; empty for other tasks."""
+        if task != "restore":
+            return []
+        image_processor, side_px = self.processor.image_processor, self.processor.target_px
+        if any(height is not None for height in heights):
+            raise ValueError("task 'restore' takes no height and width: a picture keeps its own shape")
+        if output_type == "latent":
+            raise ValueError("output_type 'latent': restored pictures are put together from pixels")
+        if color_fix is not None:
+            image_processor.check_color_fix(color_fix)
+        pictures = [self.processor.decode_image(x) if isinstance(x, Tensor) and x.ndim == 2 else x for x in images]
+        return [image_processor.tile(picture, side_px) for picture in pictures]
+
+    def _merge(self, tilings: list, drawn: list, text: list[str], copies: int, color_fix: str | None) -> tuple:
+        """One picture and one text for each copy of each picture, from those of its squares."""
+        pictures, texts, first = [], [], 0
+        for tiling in tilings:
+            sources = tiling.cut()
+            for copy in range(copies):
+                own = slice(first + copy, first + copies * len(sources), copies)
+                squares = [x and x.resize(source.size) for x, source in zip(drawn[own], sources, strict=True)]
+                if color_fix is not None:
+                    fix = self.processor.image_processor.fix_colors
+                    squares = [x and fix(x, source, color_fix) for x, source in zip(squares, sources, strict=True)]
+                pictures.append(None if None in squares else tiling.merge(squares))
+                texts.append("\n".join(dict.fromkeys(text[own])))
+            first += copies * len(sources)
+        return pictures, texts
 
     # Loading and saving
 
@@ -385,21 +495,33 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"safe_serialization={safe_serialization}, variant={variant!r}: accepted are True and None"
             )
-        folder, source = Path(save_directory), Path(__file__).parent
+        folder = Path(save_directory)
         for path in (*folder.glob("*.py"), *folder.glob("*/root_*.py")):
             if path.is_symlink():
                 path.unlink()  # or the copies below would be written through it
         self.transformer.save_pretrained(folder, max_shard_size=max_shard_size)
         self.processor.save_pretrained(folder)
         self.vqvae.save_pretrained(folder / "vqvae")
-        for name in PIPELINE_FILES:
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(source / name, folder / name)
-        (folder / self.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+        save_pipeline_files(folder)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", folder.name)
             repo = create_repo(repo_id, exist_ok=True, private=kwargs.pop("private", None), token=kwargs.get("token"))
             self._upload_folder(folder, repo.repo_id, **kwargs)
+
+
+def save_pipeline_files(folder: Path) -> None:
+    """Writes what makes a folder with model, processor and VQ model a pipeline's."""
+    for name in PIPELINE_FILES:
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(Path(__file__).parent / name, folder / name)
+    (folder / LuminaMGPTPipeline.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+def _halves(codes: Tensor | None, num_rows: int) -> list[Tensor | None]:
+    """The upper and the lower panel of codes (rows, cols), of which some rows may be missing; None where all are."""
+    if codes is None:
+        return [None, None]
+    return [half if len(half) else None for half in (codes[: num_rows // 2], codes[num_rows // 2 :])]
 
 
 def _one_each(value: Any, num_prompts: int, name: str) -> list[Any]:

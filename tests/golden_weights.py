@@ -60,3 +60,13 @@ def build_golden_decoder(record: dict, **config_kwargs) -> LuminaMGPTForConditio
     config = LuminaMGPTConfig(**record["config"], **config_kwargs)
     state_dict = published_decoder(config, record["weight_seed"], record["weight_std"])
     return LuminaMGPTForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict).eval()
+
+
+def published_vq(name: str, num_codes: int | None = None) -> dict[str, torch.Tensor]:
+    """Seeded weights of a narrow published VQ model under its own names: "chameleon", "movq" or "llamagen"."""
+    record, codebook = load_golden("vq")[name], "quantize.embedding.weight"
+    shapes = record["shapes"] | {codebook: [num_codes or record["shapes"][codebook][0], record["shapes"][codebook][1]]}
+    state_dict = seeded(shapes, record["weight_seed"], record["weight_std"])
+    generator = torch.Generator().manual_seed(record["weight_seed"] + 1)
+    state_dict[codebook] = record["codebook_scale"] * torch.randn(shapes[codebook], generator=generator)
+    return state_dict

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("modeling_lumina_mgpt", "pipelines", "training", "checkpoints")
+FOLDERS = ("modeling_lumina_mgpt", "pipelines", "training", "checkpoints", "model_cards")
 CHECKPOINT = "checkpoints/lumina-mgpt-tabletop"
 
 

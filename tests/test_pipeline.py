@@ -28,9 +28,9 @@ def test_sizes_are_those_asked_for_the_default_or_the_input_pictures(tiny_pipe):
 
 def test_every_task_of_the_table_answers(tiny_pipe):
     for name, task in tiny_pipe.processor.tasks.items():
-        prompt = "a" if "{prompt}" in task.template else None
+        prompt, condition = ("a" if f"{{{word}}}" in task.template else None for word in ("prompt", "condition"))
         image = PICTURE if task.needs_image else None
-        output = tiny_pipe(prompt, image=image, task=name, max_new_tokens=120)
+        output = tiny_pipe(prompt, image=image, task=name, condition=condition, max_new_tokens=120)
         assert (output.images[0] is not None) or task.answer != "image"
         assert len(output.text) == 1 and isinstance(output.text[0], str)
 
@@ -75,6 +75,64 @@ def test_the_negative_prompt_takes_the_unconditional_context(tiny_pipe):
 
     assert not torch.equal(draw(negative_prompt="b", guidance_scale=5.0), draw(guidance_scale=5.0))
     assert torch.equal(draw(negative_prompt="a", guidance_scale=5.0), draw(guidance_scale=1.0))
+    generators = {"generator": [seeded(), seeded()], "output_type": "latent"}
+    without, with_itself = tiny_pipe(["a", "a"], negative_prompt=["", "a"], guidance_scale=5.0, **generators).images
+    assert torch.equal(without, draw(guidance_scale=5.0)[0])
+    assert torch.equal(with_itself, draw(guidance_scale=1.0)[0])
+
+
+def test_pictures_of_any_size_are_restored_in_squares(tiny_pipe, monkeypatch):
+    uni_rep = tiny_pipe.processor.uni_rep
+    num_rows = []
+
+    def see_and_repeat(inputs, *args, num_return_sequences, **kwargs):
+        """Says what it saw, a whole picture of 64 px, once more."""
+        num_rows.append(len(inputs["input_ids"]))
+        starts = (inputs["input_ids"] == uni_rep.start_id).int().argmax(1)
+        length = uni_rep.num_tokens(*uni_rep.grid(64, 64))
+        seen = [ids[start : start + length] for ids, start in zip(inputs["input_ids"], starts, strict=True)]
+        return torch.stack(seen).repeat_interleave(num_return_sequences, 0)
+
+    monkeypatch.setattr(tiny_pipe, "_generate", see_and_repeat)
+
+    def restore(picture, **kwargs):
+        return tiny_pipe(image=picture, task="restore", **kwargs).images
+
+    square, large = PICTURE.resize((64, 64)), PICTURE.resize((130, 70))
+    seen = tiny_pipe.processor.decode_image(tiny_pipe.processor.encode_image(square))
+    assert same(restore(square, color_fix=None), [seen])
+    assert same(restore(PICTURE.resize((32, 32)), color_fix=None)[0].size, (64, 64))
+    assert [x.size for x in restore([large, square], num_images_per_prompt=2)] == [(130, 70)] * 2 + [(64, 64)] * 2
+    assert num_rows == [1, 1, 6 + 1]
+    for wrong in ({"color_fix": "sepia"}, {"height": 64, "width": 64}, {"output_type": "latent"}):
+        with pytest.raises(ValueError, match=r"accepted are wavelet, adain|takes no height|put together from pixels"):
+            restore(square, **wrong)
+
+
+def test_a_picture_is_completed_below_its_upper_rows(tiny_pipe):
+    call = {"task": "complete", "height": 64, "width": 32, "generator": seeded(), "output_type": "latent"}
+    (drawn,) = tiny_pipe("a", image=PICTURE.resize((64, 48)), **call).images
+    upper = tiny_pipe.processor.encode_images([PICTURE.resize((64, 48))], size=(32, 24))[0]
+    assert drawn.shape == (8, 4) and torch.equal(drawn[:3], upper)
+    (again,) = tiny_pipe("a", image=drawn[:5], **{**call, "generator": seeded(1)}).images
+    assert torch.equal(again[:5], drawn[:5]) and not torch.equal(again, drawn)
+
+
+def test_two_panels_are_drawn_or_the_second_to_a_given_first(tiny_pipe):
+    def draw(**kwargs):
+        return tiny_pipe(["a", "b"], output_type="latent", num_images_per_prompt=2, generator=seeded(), **kwargs)
+
+    pair = draw(task="pair", condition="depth", height=32, width=48)
+    assert pair.images.shape == pair.panels.shape == (4, 4, 6)
+    given = tiny_pipe.processor.encode_images([PICTURE], size=(32, 48))[0]
+    panel = draw(task="panel", image=[PICTURE, PICTURE], condition=["canny", "a brass lamp"], height=48, width=32)
+    assert panel.images.shape == (4, 6, 4) and all(torch.equal(x, given) for x in panel.panels)
+    unsized = draw(task="panel", image=[PICTURE] * 2, condition="hed")
+    assert unsized.images.shape == unsized.panels.shape == (4, 4, 4)
+    with pytest.raises(ValueError, match="takes a condition"):
+        draw(task="pair")
+    with pytest.raises(ValueError, match=r"upper rows of \(8, 8\) codes for a picture of 8x8"):
+        draw(task="complete", image=[torch.zeros(8, 8, dtype=torch.long)] * 2, height=64, width=64)
 
 
 def test_callbacks_see_rows_as_they_are_drawn_and_may_interrupt(tiny_pipe):
@@ -137,7 +195,7 @@ def test_a_stream_yields_what_a_call_returns(tiny_pipe):
         ({"prompt": "a", "height": 33, "width": 32}, "multiples of 16 up to 160"),
         ({"prompt": "a", "height": 32}, "both or none"),
         ({"prompt": "a", "height": 160, "width": 160, "max_new_tokens": 100}, "100 are left"),
-        ({"prompt": "a", "task": "etch"}, "text-to-image, caption"),
+        ({"prompt": "a", "task": "etch"}, "text-to-image, complete"),
         ({"task": "depth"}, "takes an image"),
         ({"prompt": "a", "image": PICTURE, "task": "text-to-image"}, "takes no image"),
         ({"prompt": "a", "image": PICTURE, "task": "depth"}, "takes no prompt"),

@@ -6,13 +6,14 @@ import json
 import numpy as np
 import pytest
 import torch
-from golden_weights import golden_tokenizer, load_golden_xz
+from golden_weights import GOLDEN, golden_tokenizer, load_golden_xz
 from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
+from modeling_lumina_mgpt.image_processing_lumina_mgpt import COLOR_FIXES, Tiling
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
 FAMILIES = {"lumina_mgpt": ("tokenizer", 2), "lumina_mgpt_2": ("tokenizer_2", 4), "pure": ("tokenizer_pure", 4)}
@@ -165,6 +166,29 @@ def test_pixels_return_rounded_or_truncated():
     assert np.array_equal(np.asarray(exact.postprocess(pixels[None])[0]), np.asarray(picture()))
 
 
+def test_color_fixes_take_the_sources_colors():
+    arrays = np.load(GOLDEN / "wavelet.npz")
+    target, source = (Image.fromarray(arrays[name]) for name in ("target", "source"))
+    fixed = np.array(COLOR_FIXES["wavelet"](target, source)).astype(int)
+    assert np.abs(fixed - arrays["fixed"]).max() <= 1
+    matched, wanted = np.array(COLOR_FIXES["adain"](target, source)), arrays["source"]
+    assert np.abs(matched.mean((0, 1)) - wanted.mean((0, 1))).max() < 8  # but for what was clipped
+    with pytest.raises(ValueError, match="accepted are two of one size"):
+        COLOR_FIXES["wavelet"](target, source.resize((5, 5)))
+
+
+@pytest.mark.parametrize("size", [(40, 20), (64, 64), (65, 64), (200, 130), (300, 20)])
+def test_tiles_cover_a_picture_and_give_it_back(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
+    tiling = Tiling(picture, side_px=64)
+    tiles = tiling.cut()
+    assert {tile.size for tile in tiles} == {(64, 64)} and (len(tiles) == 1) == (max(size) <= 64)
+    merged = tiling.merge(tiles)
+    assert merged.width / merged.height == size[0] / size[1] and max(merged.size) == max(64, *size)
+    if min(size) >= 64:
+        assert np.abs(np.array(merged).astype(int) - np.array(picture)).max() <= 1
+
+
 def test_random_crops_follow_their_generator(tiny_processor):
     def encode(seed):
         generator = torch.Generator().manual_seed(seed)
@@ -266,7 +290,8 @@ def test_pictures_without_a_place_come_first(tiny_processor):
             "content of type 'video'",
         ),
         (lambda p: p.apply_chat_template([], tokenize=True), "empty conversation"),
-        (lambda p: p.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image, caption"),
+        (lambda p: p.apply_chat_template([[]], tokenize=True), "empty conversation"),
+        (lambda p: p.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image, complete"),
         (lambda p: p.task_prompt("edit"), "task 'edit' takes a prompt"),
         (lambda p: p.task_prompt("depth", "a"), "task 'depth' takes no prompt"),
     ],
@@ -299,9 +324,11 @@ def test_text_and_pictures_come_back_in_order_and_unfinished_ones_in_part(tiny_p
 def test_every_task_has_a_prompt_with_a_place_for_its_picture(tiny_processor):
     for name, task in TASKS.items():
         prompt = "a {red} cube" if "{prompt}" in task.template else None
-        turn = tiny_processor.task_prompt(name, prompt, height=32, width=48)
-        assert turn.count("<|image|>") == task.needs_image
+        condition = "depth" if task.num_panels > 1 else None
+        turn = tiny_processor.task_prompt(name, prompt, height=32, width=48, condition=condition)
+        assert turn.count("<|image|>") == (task.needs_image and not task.continues)
         assert prompt is None or prompt in turn
+        assert condition is None or "<depth map>" in turn
     sized = tiny_processor.task_prompt("text-to-image", "a cube", height=32, width=48)
     assert sized == "Generate an image of 48x32 according to the following prompt:\na cube"
     unsized = tiny_processor.task_prompt("text-to-image", "a cube")

@@ -76,7 +76,9 @@ class LuminaMGPTTrainer(SFTTrainer):
         inputs["use_cache"] = False
         loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
         if self.model.training:
-            self._metrics["train"]["z_loss"].append(outputs.z_loss.item())
+            # divided by the labels of the whole step, of which this batch has only its share
+            shares = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
+            self._metrics["train"]["z_loss"].append(outputs.z_loss.item() * shares)
         return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset=None):
@@ -138,7 +140,8 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     vqvae = VQModel.from_pretrained(shape["vqvae"])
     num_codes = vqvae.config["num_vq_embeddings"]
     sizes = [shape["processor"]["size_unit_px"] * (i + 1) for i in range(shape["tokenizer"]["num_sizes"])]
-    templates = [task.template.format(prompt="", width=s, height=s) for task in TASKS.values() for s in sizes]
+    words = {"prompt": "", "condition": ""}
+    templates = [task.template.format(width=s, height=s, **words) for task in TASKS.values() for s in sizes]
     tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
     processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, **shape["processor"])
     config = LuminaMGPTConfig(
@@ -193,6 +196,8 @@ def train(recipe: SFTRecipe) -> None:
     if not trainer.is_world_process_zero():
         return
     processor.target_px = config.default_height_px = config.default_width_px = mixture.target_px
+    if processor.trained_tasks is not None:
+        processor.trained_tasks = sorted({*processor.trained_tasks, *mixture.tasks})
     model.config, model.generation_config = config, generation_config
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)

@@ -1,0 +1,26 @@
+"""Hub READMEs of converted checkpoints. Installed as `modeling_lumina_mgpt.model_cards`."""
+
+from pathlib import Path
+
+
+def converted_card(name: str, source: str, family: str, licence: dict[str, str], tasks: list[str] | None) -> str:
+    """The card of a checkpoint that `lumina-mgpt convert` made.
+
+    Args:
+        name: title of the card.
+        source: folder or repo that it was converted from.
+        family: with its paper.
+        licence: `license` and the like, for the front matter.
+        tasks: what it was trained for; None: not known.
+    """
+    from_chameleon = licence.get("license_name", "").startswith("chameleon")
+    research = " They derive from Chameleon, whose licence allows research only." if from_chameleon else ""
+    template = (Path(__file__).parent / "converted.md").read_text()
+    return template.format(
+        name=name,
+        source=source,
+        family=family,
+        licence="\n".join(f"{key}: {value}" for key, value in licence.items()),
+        research=research,
+        tasks=", ".join(tasks or ["not stated by the source"]),
+    )
