@@ -9,7 +9,6 @@ through `OUT.part`, where a rerun goes on, and the folder gets its name once it 
 
 import json
 import os
-import pickle
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -198,11 +197,18 @@ def convert(
     )
     files = _weight_files(folder)
     config = _config(folder, _shapes(files), processor, family)
+    config.dtype = DTYPES[dtype] if dtype else _dtype(files[0])
     plan = _plan(files, config)
     processor.vqvae = _load_vq(folder, Path(vq) if vq else None, family, len(processor.uni_rep.code_ids))
 
     # 2. The weights
-    record = {"files": {file.name: file.stat().st_size for file in files}, "dtype": dtype, "zeroed": from_chameleon}
+    stats = {str(file.resolve()): file.stat() for file in files}
+    record = {
+        "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
+        "shards": [names for _, names in plan],
+        "dtype": dtype,
+        "zeroed": processor.uni_rep.code_ids.tolist() if from_chameleon else None,
+    }
     _open_part(part, record)
     zeroed = processor.uni_rep.code_ids if from_chameleon else None
     for number, (file, names) in enumerate(plan, 1):
@@ -211,15 +217,17 @@ def convert(
             _write_shard(shard, file, names, config, DTYPES.get(dtype or ""), zeroed)
     _write_index(part, plan)
 
-    # 3. All else; the configuration comes last, since no loader takes a folder without it
+    # 3. All else; the configuration comes last, since no loader of models takes a folder without it
     processor.save_pretrained(part)
     processor.vqvae.save_pretrained(part / "vqvae")
     _generation_config(config, family, published).save_pretrained(part)
     (part / "README.md").write_text(_card(source, family, published))
-    _save_code_and_config(part, config)
-    found = check(part)
-    (part / SOURCE_RECORD).unlink()
+    _save_code(part)
+    found = _check(part, config)
+    config.architectures = [LuminaMGPTForConditionalGeneration.__name__]
+    config.save_pretrained(part)
     part.rename(out)
+    (out / SOURCE_RECORD).unlink()
     return found
 
 
@@ -230,7 +238,10 @@ def check(folder: str | os.PathLike) -> list[str]:
         ValueError: naming what is wrong.
     """
     folder = Path(folder)
-    config = LuminaMGPTConfig.from_pretrained(_existing(folder / "config.json").parent)
+    return _check(folder, LuminaMGPTConfig.from_pretrained(_existing(folder / "config.json").parent))
+
+
+def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
     files = _weight_files(folder)
     plan = _plan(files, config)
     found = [f"{sum(len(names) for _, names in plan)} tensors in {len(files)} files, names and shapes as they must be"]
@@ -310,12 +321,16 @@ def _config(
     uni_rep, tokenizer = processor.uni_rep, processor.tokenizer
     given, _ = LuminaMGPTConfig.get_config_dict(_existing(folder / "config.json").parent)
     found = _shape_values(shapes)
-    wrong = [f"{name} {given[name]} (the tensors say {n})" for name, n in found.items() if given.get(name, n) != n]
+    wrong = [
+        f"{name} {given[name]} (the tensors say {n})" for name, n in found.items() if given.get(name) not in (None, n)
+    ]
     if wrong:
         raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}")
     side_px = processor.target_px
     rows, cols = uni_rep.grid(side_px, side_px)
-    needed = max(family.context, uni_rep.num_tokens(rows, cols) + TEXT_ROOM)
+    trained = [TASKS[name] for name in processor.trained_tasks or []]
+    num_pictures = 1 + any("image" in task.answer and task.needs_image and not task.continues for task in trained)
+    needed = max(family.context, num_pictures * uni_rep.num_tokens(rows, cols) + TEXT_ROOM)
     num_ids = 1 + max(uni_rep.end_of_turn_id, uni_rep.start_id, *uni_rep.size_ids, int(uni_rep.code_ids.max()))
     if num_ids > found["vocab_size"]:
         raise ValueError(f"{folder}: an embedding of {found['vocab_size']} rows for a tokenizer with ids to {num_ids}")
@@ -407,13 +422,19 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
             state = torch.load(file, mmap=True, **options)
         except RuntimeError:  # a file in the format from before PyTorch 1.6
             state = torch.load(file, **options)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{file}: not a file of tensors, or damaged: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # of many kinds, as the damage may be
+        what = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file}: not a file of tensors, or damaged: {what}") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{file}: holds other things than tensors")
     return state
+
+
+def _dtype(file: Path) -> torch.dtype:
+    with _opened(file) as (shapes, get):
+        return get(next(iter(shapes))).dtype
 
 
 def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
@@ -434,6 +455,7 @@ def _plan(files: list[Path], config: LuminaMGPTConfig) -> list[tuple[Path, list[
     for file in files:
         with _opened(file) as (shapes, _):
             size = MAX_SHARD_BYTES + 1
+            faults += [f"{name} is in {file.name} and in another file" for name in shapes.keys() & seen]
             for name, shape in shapes.items():
                 if name not in wanted:
                     faults.append(f"unexpected {name} in {file.name}")
@@ -462,11 +484,14 @@ def _is_sharded_norm(name: str, shape: tuple[int, ...], wanted: tuple[int, ...])
 def _open_part(part: Path, record: dict[str, Any]) -> None:
     """Makes the folder of an unfinished conversion, or makes sure that it is of this one."""
     file = part / SOURCE_RECORD
-    if not part.exists():
-        part.mkdir(parents=True)
+    part.mkdir(parents=True, exist_ok=True)
+    if not any(part.iterdir()):
         file.write_text(json.dumps(record))
-    elif not file.is_file() or _read_json(file) != record:
+    elif not file.is_file():
+        raise ValueError(f"{part} is in the way, and was not made by a conversion: name another folder to make")
+    elif _read_json(file) != record:
         raise ValueError(f"{part} holds another conversion that was interrupted: remove it to start this one")
+    (part / "config.json").unlink(missing_ok=True)  # what follows makes the folder anew around the shards
 
 
 def _shard_name(number: int, total: int) -> str:
@@ -483,7 +508,7 @@ def _write_shard(
         for name in names:
             tensor = get(name)
             if norm := re.search(r"\.([qk]_norm)\.", name):
-                tensor = tensor.view(-1, tensor.shape[-1])
+                tensor = tensor.reshape(-1, tensor.shape[-1])
                 tensor = tensor.repeat_interleave(heads[norm[1]] // len(tensor), 0)
             if zeroed is not None and name == "lm_head.weight":
                 tensor = tensor.index_fill(0, zeroed, 0)
@@ -517,15 +542,11 @@ def _load_vq(folder: Path, file: Path | None, family: Family, num_names: int) ->
     return vqvae
 
 
-def _save_code_and_config(part: Path, config: LuminaMGPTConfig) -> None:
+def _save_code(part: Path) -> None:
     from modeling_lumina_mgpt.pipelines.pipeline_lumina_mgpt import save_pipeline_files
 
-    with torch.device("meta"):
-        model = LuminaMGPTForConditionalGeneration(config)
     save_pipeline_files(part)
-    custom_object_save(model, part)
-    config.architectures = [type(model).__name__]
-    config.save_pretrained(part)
+    custom_object_save(LuminaMGPTForConditionalGeneration, part)
 
 
 def _card(source: str | os.PathLike, family: Family, published: Published | None) -> str:

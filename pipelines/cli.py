@@ -252,6 +252,8 @@ def _load(model: str | None) -> "LuminaMGPTPipeline":
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
+    if model is not None and not Path(model).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
+        raise ValueError(f"model {model!r}: neither a folder nor a repo NAMESPACE/NAME")
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16

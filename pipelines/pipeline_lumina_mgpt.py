@@ -260,6 +260,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with.
         """
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
+        if not all(isinstance(message, dict) for message in messages):
+            raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
         inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True)
         inputs = inputs.to(self._execution_device)
         (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)

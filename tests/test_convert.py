@@ -15,7 +15,7 @@ from modeling_lumina_mgpt.convert_lumina_mgpt_checkpoint import convert
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 KINDS = {
-    "Lumina-mGPT-7B-768-Omni": ({"family": "lumina"}, 4096),
+    "Lumina-mGPT-7B-768-Omni": ({"family": "lumina"}, 2 * 2356 + 512),
     "Lumina-mGPT-34B-512": (
         {"swin_norm": True, "num_key_value_heads": 2, "model_parallel_size": 2, "num_files": 3},
         4096,
@@ -38,7 +38,8 @@ def test_a_converted_folder_is_the_published_checkpoint(name, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         published = LuminaMGPTForConditionalGeneration.from_pretrained(source).eval()
         pipe = LuminaMGPTPipeline.from_pretrained(tmp_path / "out")
-    assert not caplog.records
+    # transformers 5.17 takes every vocabulary beyond 100,000 for Mistral's
+    assert not [record for record in caplog.records if "fix_mistral_regex" not in record.getMessage()]
     assert torch.equal(pipe.transformer(IDS).logits, published(IDS).logits)
     assert pipe.transformer.config.max_position_embeddings == context
 
@@ -60,6 +61,7 @@ def test_defaults_and_tasks_are_the_checkpoints(tmp_path):
 
     convert(source, tmp_path / "omni", name="Lumina-mGPT-7B-768-Omni", dtype="bf16")
     assert LuminaMGPTProcessor.from_pretrained(tmp_path / "omni").task_prompt("segmentation").startswith("Segmentic")
+    assert LuminaMGPTForConditionalGeneration.from_pretrained(tmp_path / "omni").dtype == torch.bfloat16
     assert load_file(tmp_path / "omni" / "model-00001-of-00002.safetensors")["lm_head.weight"].dtype == torch.bfloat16
 
 
@@ -131,6 +133,15 @@ SPOILED = {
     "cut short": (cut_short("model-00002-of-00002.safetensors"), "00002.safetensors: damaged"),
     "a shard is missing": (remove("model-00002-of-00002.safetensors"), "files that are missing: model-00002"),
     "no index": (remove("model.safetensors.index.json"), "no weights, accepted are"),
+    "an empty VQ file": (lambda source: (source / "vqgan.ckpt").write_bytes(b""), "not a file of tensors, or damaged"),
+    "a tensor twice": (
+        lambda source: save_file(
+            load_file(source / "model-00001-of-00002.safetensors")
+            | load_file(source / "model-00002-of-00002.safetensors"),
+            source / "model-00002-of-00002.safetensors",
+        ),
+        "00002.safetensors and in another file",
+    ),
     "an empty index": (edit_json("model.safetensors.index.json", weight_map={}), "none at all"),
     "no configuration": (remove("config.json"), "config.json: no such file"),
     "another width": (edit_json("config.json", hidden_size=32), r"hidden_size 32 \(the tensors say 16\)"),

@@ -172,6 +172,7 @@ def train(recipe: SFTRecipe) -> None:
         output_dir=str(output_dir / "trainer"),
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
+        loss_type="nll",  # TRL 1.12's default replaces the model's forward by one without the z-loss
         **recipe.sft,
     )
     mixture, layout = Mixture(**recipe.mixture), processor.uni_rep
