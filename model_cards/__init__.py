@@ -1,9 +1,10 @@
 """Hub READMEs of converted checkpoints. Installed as `modeling_lumina_mgpt.model_cards`."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 
-def converted_card(name: str, source: str, family: str, licence: dict[str, str], tasks: list[str] | None) -> str:
+def converted_card(name: str, source: str, family: str, licence: dict[str, str], tasks: Sequence[str] | None) -> str:
     """The card of a checkpoint that `lumina-mgpt convert` made.
 
     Args:

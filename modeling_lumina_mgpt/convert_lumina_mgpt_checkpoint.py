@@ -107,7 +107,7 @@ class Published:
     Attributes:
         repo: on the Hub.
         target_px: side of the square whose area its pictures have.
-        tasks: what it was trained for.
+        tasks: what it was trained for; None: not known.
         generation: sampling defaults that differ from the family's.
         task_templates: user turns that differ from `TASKS`.
         licence: for the model card.
@@ -115,7 +115,7 @@ class Published:
 
     repo: str
     target_px: int = 512
-    tasks: tuple[str, ...] = FP_SFT_TASKS
+    tasks: tuple[str, ...] | None = FP_SFT_TASKS
     generation: dict[str, Any] = field(default_factory=dict)
     task_templates: dict[str, str] = field(default_factory=dict)
     licence: dict[str, str] = field(default_factory=lambda: CHAMELEON_LICENCE)
@@ -145,6 +145,7 @@ PUBLISHED = (
     Published("Alpha-VLLM/Lumina-mGPT-2.0-Omni", 768, LUMINA_2_TASKS, licence={"license": "apache-2.0"}),
     Published("nonwhy/PURE", 512, ("restore",)),
 )
+UNPUBLISHED = Published("", tasks=None, licence={"license": "unknown"})
 
 
 def convert(
@@ -191,26 +192,28 @@ def convert(
         text_tokenizer,
         size_unit_px=SIZE_UNIT_PX,
         codes_per_size_unit=family.codes_per_size_unit,
-        target_px=published.target_px if published else 512,
-        task_templates=published.task_templates if published else None,
-        trained_tasks=list(published.tasks) if published else None,
+        target_px=published.target_px,
+        task_templates=published.task_templates,
+        trained_tasks=None if published.tasks is None else [*published.tasks],
     )
-    files = _weight_files(folder)
-    config = _config(folder, _shapes(files), processor, family)
-    config.dtype = DTYPES[dtype] if dtype else _dtype(files[0])
-    plan = _plan(files, config)
+    headers = _headers(folder)
+    config = _config(
+        folder, {name: shape for shapes in headers.values() for name, shape in shapes.items()}, processor, family
+    )
+    config.dtype = DTYPES[dtype] if dtype else _dtype(next(iter(headers)))
+    plan = _plan(headers, config)
     processor.vqvae = _load_vq(folder, Path(vq) if vq else None, family, len(processor.uni_rep.code_ids))
 
     # 2. The weights
-    stats = {str(file.resolve()): file.stat() for file in files}
+    zeroed = processor.uni_rep.code_ids if from_chameleon else None
+    stats = {str(file.resolve()): file.stat() for file in headers}
     record = {
         "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
         "shards": [names for _, names in plan],
         "dtype": dtype,
-        "zeroed": processor.uni_rep.code_ids.tolist() if from_chameleon else None,
+        "zeroed": None if zeroed is None else zeroed.tolist(),
     }
     _open_part(part, record)
-    zeroed = processor.uni_rep.code_ids if from_chameleon else None
     for number, (file, names) in enumerate(plan, 1):
         shard = part / _shard_name(number, len(plan))
         if not shard.exists():
@@ -242,9 +245,11 @@ def check(folder: str | os.PathLike) -> list[str]:
 
 
 def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
-    files = _weight_files(folder)
-    plan = _plan(files, config)
-    found = [f"{sum(len(names) for _, names in plan)} tensors in {len(files)} files, names and shapes as they must be"]
+    headers = _headers(folder)
+    plan = _plan(headers, config)
+    found = [
+        f"{sum(len(names) for _, names in plan)} tensors in {len(headers)} files, names and shapes as they must be"
+    ]
 
     processor = LuminaMGPTProcessor.from_pretrained(folder)
     if processor.uni_rep.layout_dict() != config.image_layout:
@@ -271,9 +276,9 @@ def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
 # What a source is
 
 
-def _published(name: str, must_exist: bool) -> Published | None:
-    found = next((p for p in PUBLISHED if p.name.casefold() == name.casefold()), None)
-    if must_exist and found is None:
+def _published(name: str, must_exist: bool) -> Published:
+    found = next((p for p in PUBLISHED if p.name.casefold() == name.casefold()), UNPUBLISHED)
+    if must_exist and found is UNPUBLISHED:
         raise ValueError(f"name {name!r}: accepted are {', '.join(p.name for p in PUBLISHED)}")
     return found
 
@@ -368,10 +373,10 @@ def _shape_values(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
     }
 
 
-def _generation_config(config: LuminaMGPTConfig, family: Family, published: Published | None) -> GenerationConfig:
+def _generation_config(config: LuminaMGPTConfig, family: Family, published: Published) -> GenerationConfig:
     ids = {name: getattr(config, name) for name in ("bos_token_id", "pad_token_id", "eos_token_id")}
     generation_config = GenerationConfig(do_sample=True, **ids)
-    for name, value in (family.generation | (published.generation if published else {})).items():
+    for name, value in (family.generation | published.generation).items():
         setattr(generation_config, name, value)  # the constructor would drop what is not stock's
     return generation_config
 
@@ -437,37 +442,37 @@ def _dtype(file: Path) -> torch.dtype:
         return get(next(iter(shapes))).dtype
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, ...]]:
-    shapes = {}
-    for file in files:
-        with _opened(file) as (found, _):
-            shapes.update(found)
-    return shapes
+def _headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
+    """The shapes of the tensors in each of a folder's weight files."""
+    headers = {}
+    for file in _weight_files(folder):
+        with _opened(file) as (shapes, _):
+            headers[file] = shapes
+    return headers
 
 
-def _plan(files: list[Path], config: LuminaMGPTConfig) -> list[tuple[Path, list[str]]]:
+def _plan(headers: dict[Path, dict[str, tuple[int, ...]]], config: LuminaMGPTConfig) -> list[tuple[Path, list[str]]]:
     """Shards to write, each from one file; ValueError unless the files hold exactly this decoder."""
     with torch.device("meta"):
         wanted = {k: tuple(v.shape) for k, v in LuminaMGPTForConditionalGeneration(config).state_dict().items()}
     plan: list[tuple[Path, list[str]]] = []
     faults: list[str] = []
     seen: set[str] = set()
-    for file in files:
-        with _opened(file) as (shapes, _):
-            size = MAX_SHARD_BYTES + 1
-            faults += [f"{name} is in {file.name} and in another file" for name in shapes.keys() & seen]
-            for name, shape in shapes.items():
-                if name not in wanted:
-                    faults.append(f"unexpected {name} in {file.name}")
-                elif shape != wanted[name] and not _is_sharded_norm(name, shape, wanted[name]):
-                    faults.append(f"{name} has shape {list(shape)}, not {list(wanted[name])}")
-                num_bytes = 4 * torch.Size(shape).numel()
-                if size + num_bytes > MAX_SHARD_BYTES:
-                    plan.append((file, []))
-                    size = 0
-                plan[-1][1].append(name)
-                size += num_bytes
-            seen |= shapes.keys()
+    for file, shapes in headers.items():
+        size = MAX_SHARD_BYTES + 1
+        faults += [f"{name} is in {file.name} and in another file" for name in shapes.keys() & seen]
+        for name, shape in shapes.items():
+            if name not in wanted:
+                faults.append(f"unexpected {name} in {file.name}")
+            elif shape != wanted[name] and not _is_sharded_norm(name, shape, wanted[name]):
+                faults.append(f"{name} has shape {list(shape)}, not {list(wanted[name])}")
+            num_bytes = 4 * torch.Size(shape).numel()
+            if size + num_bytes > MAX_SHARD_BYTES:
+                plan.append((file, []))
+                size = 0
+            plan[-1][1].append(name)
+            size += num_bytes
+        seen |= shapes.keys()
     faults += [f"missing {name}" for name in wanted if name not in seen]
     if faults:
         raise ValueError("not the weights of this decoder: " + "; ".join(faults))
@@ -549,13 +554,12 @@ def _save_code(part: Path) -> None:
     custom_object_save(LuminaMGPTForConditionalGeneration, part)
 
 
-def _card(source: str | os.PathLike, family: Family, published: Published | None) -> str:
+def _card(source: str | os.PathLike, family: Family, published: Published) -> str:
     from modeling_lumina_mgpt.model_cards import converted_card
 
-    if published is None:
-        return converted_card(Path(source).name, str(source), family.title, {"license": "unknown"}, None)
-    base = {**published.licence, "base_model": published.repo}
-    return converted_card(published.name, published.repo, family.title, base, [*published.tasks])
+    base = {"base_model": published.repo} if published.repo else {}
+    name, place = published.name or Path(source).name, published.repo or str(source)
+    return converted_card(name, place, family.title, published.licence | base, published.tasks)
 
 
 def _existing(file: Path) -> Path:

@@ -228,7 +228,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         Returns:
             int64 (rows, cols) on the CPU, one a picture.
         """
-        codes: list[Any] = [torch.as_tensor(image).long().cpu() if is_codes(image) else None for image in images]
+        codes: list[Any] = [torch.as_tensor(image).long().cpu() if self.is_codes(image) else None for image in images]
         todo = [i for i, known in enumerate(codes) if known is None]
         if todo:
             buckets = [size] if size else self.uni_rep.buckets(target_px or self.target_px)
@@ -239,6 +239,12 @@ class LuminaMGPTProcessor(ProcessorMixin):
                     codes[todo[i]] = code
         return codes
 
+    @staticmethod
+    def is_codes(image: Any) -> bool:
+        """Whether an image is given as codes (rows, cols): a matrix of 32 or 64-bit integers."""
+        is_matrix = isinstance(image, Tensor | np.ndarray) and image.ndim == 2
+        return is_matrix and str(image.dtype)[-5:] in ("int32", "int64")
+
     def encode_image(self, image: Any, target_px: int | None = None) -> Tensor:
         """Codes (rows, cols) of one picture, cropped to the bucket that suits it."""
         return self.encode_images([image], target_px)[0]
@@ -247,7 +253,12 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """Pictures of codes (rows, cols), which may differ in size."""
         codes = [torch.as_tensor(grid).long() for grid in codes]
         for grid in codes:
-            if not is_codes(grid) or not grid.numel() or grid.min() < 0 or grid.max() >= len(self.uni_rep.code_ids):
+            if (
+                not self.is_codes(grid)
+                or not grid.numel()
+                or grid.min() < 0
+                or grid.max() >= len(self.uni_rep.code_ids)
+            ):
                 raise ValueError(f"codes of shape {tuple(grid.shape)}: accepted is (rows, cols) of existing codes")
         pictures: list[Any] = [None] * len(codes)
         for chunk in _chunks(codes, px=self.size_unit_px // self.codes_per_size_unit):
@@ -532,11 +543,6 @@ class LuminaMGPTProcessor(ProcessorMixin):
         ids = [[pad_id] * num + row for num, row in zip(missing, rows, strict=True)]
         mask = [[0] * num + [1] * len(row) for num, row in zip(missing, rows, strict=True)]
         return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
-
-
-def is_codes(image: Any) -> bool:
-    """Whether an image is given as codes (rows, cols): a matrix of 32 or 64-bit integers."""
-    return isinstance(image, Tensor | np.ndarray) and image.ndim == 2 and str(image.dtype)[-5:] in ("int32", "int64")
 
 
 def _with_placeholders(turns: Sequence[str], num_images: int) -> list[str]:

@@ -220,17 +220,17 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         )
 
         # 4. Ids to text and pictures
+        prompt_of_row = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
         if asked.continues:
             begun = [uni_rep.encode(x, uni_rep.grid(h, w)[0]) for x, h, w in zip(codes, heights, widths, strict=True)]
-            rows = [ids for ids in begun for _ in range(num_images_per_prompt)]
-            answers = [torch.cat([ids, answer.cpu()]) for ids, answer in zip(rows, answers, strict=True)]
+            answers = [torch.cat([begun[i], answer.cpu()]) for i, answer in zip(prompt_of_row, answers, strict=True)]
         parts = [self.processor.split_ids(answer) for answer in answers]
         text = ["".join(part for part in row if isinstance(part, str)).strip() for row in parts]
         drawn = [([x for x in row if not isinstance(x, str)] or [None])[-1] for row in parts]
         others = None
         if asked.num_panels > 1:  # the one with the picture is drawn last, if the other one is given
-            whole = [height for height in heights for _ in range(num_images_per_prompt)]
-            halves = [_halves(x, uni_rep.grid(h, uni_rep.size_unit_px)[0]) for x, h in zip(drawn, whole, strict=True)]
+            num_rows = [uni_rep.grid(h, w)[0] for h, w in zip(heights, widths, strict=True)]
+            halves = [_halves(x, num_rows[i]) for i, x in zip(prompt_of_row, drawn, strict=True)]
             drawn, others = ([pair[i] for pair in halves] for i in (asked.continues, not asked.continues))
             others = self._as_output(self._decode(others, output_type), output_type)
         drawn = self._decode(drawn, output_type)
@@ -338,8 +338,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def _upper_rows(self, image: Any, height: int | None, width: int | None, num_panels: int) -> Tensor:
         """Codes of what a picture begins with: a whole panel, or as many rows as the image has in that width."""
-        if isinstance(image, Tensor) and image.ndim == 2:
-            return image
+        if self.processor.is_codes(image):
+            return torch.as_tensor(image)
         unit_px = self.processor.uni_rep.size_unit_px
         if height is None or width is None:  # a bucket such that all panels have the area that the model draws
             target_px = int(self.processor.target_px / num_panels**0.5) // unit_px * unit_px
@@ -428,7 +428,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             raise ValueError("output_type 'latent': restored pictures are put together from pixels")
         if color_fix is not None:
             image_processor.check_color_fix(color_fix)
-        pictures = [self.processor.decode_image(x) if isinstance(x, Tensor) and x.ndim == 2 else x for x in images]
+        pictures = [self.processor.decode_image(x) if self.processor.is_codes(x) else x for x in images]
         return [image_processor.tile(picture, side_px) for picture in pictures]
 
     def _merge(self, tilings: list, drawn: list, text: list[str], copies: int, color_fix: str | None) -> tuple:

@@ -350,7 +350,8 @@ def _score_table(examples: Sequence[Example], passed: Sequence[bool]) -> dict[st
     order = [*CATEGORIES, "overall", "seen combinations", "new combinations"]
     return {
         name: {"rate": sum(hits) / len(hits), "of": len(hits), "interval": wilson(sum(hits), len(hits))}
-        for name, hits in sorted(groups.items(), key=lambda item: order.index(item[0]))
+        for name in order
+        if (hits := groups.get(name))
     }
 
 
