@@ -76,6 +76,22 @@ def test_counting_wants_the_exact_number_of_what_is_named():
     assert not scores.passes(Caption("", ((3, "cube", None, None),)), detections)
 
 
+def test_a_failed_picture_is_graded_by_what_it_holds():
+    def grade(mentions, relation, *objects):
+        found = [
+            scores.Detection(shape, color, (0, 0, 1, 1), (x, 0.0), 0.0) for x, (shape, color) in enumerate(objects)
+        ]
+        return scores.grade(Caption("", mentions, relation), found)
+
+    cube, cone, cubes = (1, "cube", "red", None), (1, "cone", "blue", None), (2, "cube", None, None)
+    red_cube, red_cone, blue_cone = ("cube", "red"), ("cone", "red"), ("cone", "blue")
+    related = [grade((cube, cone), (0, "left of", 1), *found) for found in ((blue_cone, red_cube), (red_cube,), ())]
+    assert related == [pytest.approx(2 / 3), pytest.approx(1 / 3), 0.0]
+    pair = [(red_cube, blue_cone), (red_cube, red_cone), (red_cube,), (red_cone,), ()]
+    assert [grade((cube, cone), None, *found) for found in pair] == [1.0, 0.75, 0.5, 0.25, 0.0]
+    assert [grade((cubes,), None, *[red_cube] * n) for n in range(4)] == [0.0, 0.5, 1.0, pytest.approx(2 / 3)]
+
+
 def test_examples_are_held_out_reproducible_and_of_their_category():
     examples = scores.held_out_examples(2, 64, 64)
     assert [e.category for e in examples] == [c for c in scores.CATEGORIES for _ in range(2)]

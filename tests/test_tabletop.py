@@ -12,6 +12,7 @@ from modeling_lumina_mgpt.training.tabletop import (
     HELD_OUT,
     describe,
     in_test_split,
+    parse,
     render,
     sample_described_scene,
     sample_scene,
@@ -104,6 +105,28 @@ def test_a_sentence_commits_to_what_the_scene_holds():
 def _named(scene, mention):
     _, shape, color, _ = mention
     return next(o for o in scene.objects if o.shape == shape and color in (None, o.color))
+
+
+def test_a_sentence_is_read_back():
+    for scene in scenes(count=300):
+        for seed in range(4):
+            caption = describe(scene, random.Random(seed), split="any")
+            assert parse(caption.text) == caption
+    assert parse(" Two large red cubes, a cone, and an object ").mentions == (
+        (2, "cube", "red", "large"),
+        (1, "cone", None, None),
+        (1, None, None, None),
+    )
+
+
+@pytest.mark.parametrize(
+    "sentence",
+    ["", "a dog", "a red cubes", "two cube", "five cubes", "a cube and", "a cube behind", "cube", "a red small cube",
+     "two cubes behind a cone", "a cube behind a cone and a sphere", "three cubes and two cones"],
+)  # fmt: skip
+def test_what_is_no_sentence_of_this_world_is_refused(sentence):
+    with pytest.raises(ValueError, match=f"'{sentence}' is no sentence"):
+        parse(sentence)
 
 
 def test_bad_requests_are_named():

@@ -29,6 +29,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from scipy import ndimage
 from scipy.interpolate import RBFInterpolator
+from scipy.optimize import linear_sum_assignment
 from scipy.spatial import ConvexHull, QhullError, cKDTree
 
 from .tabletop import (
@@ -296,6 +297,22 @@ def passes(caption: Caption, detections: Sequence[Detection]) -> bool:
         all(map(_matches, wanted, chosen)) and (caption.relation is None or _holds(caption.relation, chosen))
         for chosen in itertools.permutations(detections, len(wanted))
     )
+
+
+def grade(caption: Caption, detections: Sequence[Detection]) -> float:
+    """1 for a picture that passes, else the share of what the sentence names that is there, which is less.
+
+    The shape or the color alone is half an object; a relation is as much as an object, and so, in counting, is each
+    object too many.
+    """
+    if passes(caption, detections):
+        return 1.0
+    wanted = [mention for mention in caption.mentions for _ in range(mention[0])]
+    likeness = np.array([[(m[1] in (None, d.shape)) + (m[2] in (None, d.color)) for d in detections] for m in wanted])
+    found = likeness[linear_sum_assignment(likeness, maximize=True)].sum() / 2  # (wanted, seen) -> ()
+    is_count = len(caption.mentions) == 1 and len(wanted) > 1
+    num_too_many = max(0, sum(_matches(wanted[0], d) for d in detections) - len(wanted)) if is_count else 0
+    return float(found / (len(wanted) + num_too_many + (caption.relation is not None)))
 
 
 def _matches(mention: tuple[int, str | None, str | None, str | None], detection: Detection) -> bool:

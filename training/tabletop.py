@@ -12,6 +12,7 @@ training, and neither do sentences whose hash falls into the test share.
 import hashlib
 import math
 import random
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -338,6 +339,32 @@ def _phrase(mention: tuple[int, str | None, str | None, str | None]) -> str:
     if count > 1:
         return " ".join([NUMBER_WORDS[count], *words]) + "s"
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def parse(sentence: str) -> Caption:
+    """Reads a sentence as `describe` writes them, for what it commits to. ValueError for any other."""
+    body = sentence.strip().lower().removesuffix(".")
+    body = re.sub(rf"^(?:{'|'.join(filter(None, OPENINGS))}|there are )| on a (?:{'|'.join(TABLES)}) table$", "", body)
+    related = re.fullmatch(r"(.+?) ((?:to the )?(?:left|right) of|in front of|behind) (.+)", body)
+    mentions = tuple(map(_read_phrase, related.group(1, 3) if related else re.split(", and | and |, ", body)))
+    readable = [mention for mention in mentions if mention]
+    num_objects = sum(count for count, *_ in readable)
+    if len(readable) < len(mentions) or num_objects > (2 if related else 4):
+        raise ValueError(
+            f"{sentence!r} is no sentence of the Tabletop world; those name one to four objects, "
+            "such as 'two red cubes and a small sphere' or 'a red cube left of a sphere'"
+        )
+    return Caption(sentence, tuple(readable), (0, related[2].removeprefix("to the "), 1) if related else None)
+
+
+def _read_phrase(phrase: str) -> tuple[int, str | None, str | None, str | None] | None:
+    """The inverse of `_phrase`; None if there is none."""
+    one_or_more = rf"(?:an?|one|({'|'.join(NUMBER_WORDS[2:])}))"
+    size, color, shape = (f"({'|'.join(words)})" for words in (SIZES, COLORS, (*SHAPES, "object")))
+    match = re.fullmatch(rf"{one_or_more} (?:{size} )?(?:{color} )?{shape}(s?)", phrase)
+    if match is None or bool(match[1]) != bool(match[5]):
+        return None
+    return NUMBER_WORDS.index(match[1] or "one"), None if match[4] == "object" else match[4], match[3], match[2]
 
 
 def edit(scene: Scene, rng: random.Random) -> tuple[str, Scene]:
