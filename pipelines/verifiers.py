@@ -10,6 +10,7 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from http.client import HTTPException
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
@@ -24,7 +25,7 @@ INSTRUCTION = (
     "is, what is behind them, the light and the style. Keep all that the user asks for and contradict none of it. "
     "Answer with the description and nothing else."
 )
-MAX_NEW_TOKENS = 512
+MAX_NEW_TOKENS = 1024  # with what a model thinks first
 
 
 class CLIPVerifier:
@@ -115,7 +116,7 @@ class ChatPromptEnhancer:
         answer = self._ask_server(messages) if self.url else self._ask_local(messages)
         described = answer.rpartition("</think>")[2].partition("<think>")[0].strip()  # some models think aloud first
         if not described:
-            raise RuntimeError(f"{self._name} answered without a description: {answer[:200]!r}")
+            raise RuntimeError(f"{self._name} answered without a description: {self._excerpt(answer)}")
         return described
 
     def _ask_local(self, messages: list[dict[str, str]]) -> str:
@@ -123,7 +124,7 @@ class ChatPromptEnhancer:
         limits = {"max_new_tokens": MAX_NEW_TOKENS, "max_time": self.timeout_s}
         answer = self._generate(messages, return_full_text=False, **limits)[0]["generated_text"]
         if time.monotonic() - start >= self.timeout_s:
-            raise TimeoutError(f"{self._name} was not done after {self.timeout_s} s; so far: {answer[:200]!r}")
+            raise TimeoutError(f"{self._name} was not done after {self.timeout_s} s; so far: {self._excerpt(answer)}")
         return answer
 
     def _ask_server(self, messages: list[dict[str, str]]) -> str:
@@ -133,23 +134,17 @@ class ChatPromptEnhancer:
             request.add_unredirected_header("Authorization", f"Bearer {self._api_key}")
         try:
             status, body = self._send(request)
-        except (OSError, HTTPException) as error:
+        except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
-            if isinstance(reason, TimeoutError):
-                raise TimeoutError(f"{self._name} did not answer within {self.timeout_s} s") from error
-            raise RuntimeError(f"{self._name} cannot be asked: {reason!r}") from error
-        received = " ".join(body.decode(errors="replace").split())
-        if self._api_key:
-            received = received.replace(self._api_key, "***")
-        try:
-            answer = json.loads(body)["choices"][0]["message"]["content"] if status == 200 else None
-        except (ValueError, LookupError, TypeError):
-            answer = None
-        if not isinstance(answer, str):
-            raise RuntimeError(
-                f"{self._name} answered with status {status} and no chat completion: {received[:200]!r}"
-            )
-        return answer
+            kind = TimeoutError if isinstance(reason, TimeoutError) else RuntimeError
+            raise kind(
+                f"{self._name} gave no answer within {self.timeout_s} s: {self._excerpt(repr(reason))}"
+            ) from error
+        with suppress(ValueError, LookupError, TypeError, AttributeError):
+            if status == 200:
+                return json.loads(body)["choices"][0]["message"]["content"].strip()
+        received = self._excerpt(body.decode(errors="replace"))
+        raise RuntimeError(f"{self._name} answered with status {status} and no chat completion: {received}")
 
     def _send(self, request: Request) -> tuple[int, bytes]:
         """Status and body. A server that dribbles is stopped at the deadline, too."""
@@ -163,5 +158,9 @@ class ChatPromptEnhancer:
             while chunk := response.read1():
                 body += chunk
                 if time.monotonic() > deadline:
-                    raise TimeoutError
+                    raise TimeoutError("the deadline has passed")
         return response.status, body
+
+    def _excerpt(self, received: str) -> str:
+        """For messages; some servers repeat the key that they refuse."""
+        return repr((received.replace(self._api_key, "***") if self._api_key else received)[:200])
