@@ -17,6 +17,7 @@ from transformers.image_utils import load_image
 
 from .uni_rep import best_bucket
 
+BOX_CONTRAST = 0.25  # change of a pixel, in [0, 1], that counts as drawn
 ACCEPTED = "a PIL image, a path, a URL, bytes, a uint8 or [0, 1] float array (numpy HWC or HW, torch CHW or HW)"
 
 
@@ -25,13 +26,14 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
 
     Args:
         round_pixels: whether `postprocess` rounds to 8 bits (Lumina-mGPT 2.0) or truncates (Lumina-mGPT, PURE).
+        palette: `[name, red, green, blue]` (0 to 255) of each class that the checkpoint draws in a segmentation.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
 
-    def __init__(self, round_pixels: bool = False, **kwargs):
+    def __init__(self, round_pixels: bool = False, palette: list[list[Any]] | None = None, **kwargs):
         super().__init__(**kwargs)
-        self.round_pixels = round_pixels
+        self.round_pixels, self.palette = round_pixels, palette
 
     def preprocess(
         self,
@@ -80,6 +82,63 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         return image.convert("RGB")
+
+    def to_array(self, picture: Image.Image, task: str = "") -> np.ndarray:
+        """What a picture that was drawn for a task says of each of its pixels.
+
+        Returns:
+            For "depth" float32 (height, width) in [0, 1], the brightness; the default checkpoint draws near bright.
+            For "normal" float32 (height, width, 3), unit vectors (right, up, toward the viewer), drawn as (n + 1) / 2.
+            For "segmentation" int64 (height, width), the nearest color's place in `palette`; ValueError without.
+            For all others float32 (height, width, 3), red, green and blue in [0, 1].
+        """
+        values = np.asarray(picture.convert("RGB"), np.float32) / 255
+        if task == "depth":
+            return values.mean(-1)
+        if task == "normal":
+            vectors = 2 * values - 1
+            return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(min=1e-6)
+        if task == "segmentation":
+            colors = np.array([color for _, *color in self.check_palette()], np.float32) / 255  # (classes, 3)
+            return np.square(values[:, :, None] - colors).sum(-1).argmin(-1)
+        return values
+
+    def check_palette(self) -> list[list[Any]]:
+        """`palette`; ValueError if there is none."""
+        if not self.palette:
+            raise ValueError(
+                "no palette is known to tell classes by: set `image_processor.palette` to [[name, red, green, blue]]"
+            )
+        return self.palette
+
+    def find_box(self, drawn: Image.Image, source: Image.Image) -> tuple[int, int, int, int] | None:
+        """The box (left, top, right, bottom; pixels, ends excluded) that a picture has and its source has not.
+
+        Its sides are where changes line up, and must be closed for the most part; None if there is no such box.
+        """
+        after, before = _two_of_a_size(drawn, source)
+        change = ((after - before).abs().amax(0) > BOX_CONTRAST).numpy()  # (height, width)
+        if not change.any():
+            return None
+        (left, right), (top, bottom) = (_extent_of_lines(change.sum(axis)) for axis in (0, 1))
+        box = change[top:bottom, left:right]
+        band = max(1, min(box.shape) // 4)
+        sides = box[:band].any(0), box[-band:].any(0), box[:, :band].any(1), box[:, -band:].any(1)
+        is_closed = all(side.mean() > 0.7 for side in sides)
+        is_hollow = box[band:-band, band:-band].mean() < 0.5 if min(box.shape) > 2 * band else False
+        return (left, top, right, bottom) if is_closed and is_hollow else None
+
+    def canny(self, image: Any, low: int = 100, high: int = 200) -> Image.Image:
+        """The edges of a picture by OpenCV's Canny, white on black; one in pure black and white is taken for edges."""
+        picture = self.load(image)
+        gray = np.asarray(picture.convert("L"))
+        if ((gray < 16) | (gray > 239)).mean() > 0.95 and np.ptp(np.asarray(picture), axis=-1).mean() < 4:
+            return picture
+        try:
+            import cv2
+        except ImportError as error:
+            raise ImportError("edges are found by OpenCV: pip install 'lumina-mgpt[canny]'") from error
+        return Image.fromarray(cv2.Canny(gray, low, high)).convert("RGB")
 
     def tile(self, image: Any, side_px: int) -> "Tiling":
         """Any picture as squares."""
@@ -202,6 +261,12 @@ def _two_of_a_size(*pictures: Image.Image) -> list[torch.Tensor]:
 
 def _to_picture(x: torch.Tensor) -> Image.Image:
     return Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def _extent_of_lines(counts: np.ndarray) -> tuple[int, int]:
+    """First and last place, the end excluded, where at least half as much changed as where most did."""
+    places = np.flatnonzero(counts >= counts.max() / 2)
+    return int(places[0]), int(places[-1]) + 1
 
 
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix}

@@ -444,6 +444,21 @@ class LuminaMGPTProcessor(ProcessorMixin):
         shown = CONDITIONS.get(condition or "", condition)
         return template.format(prompt=prompt, height=height, width=width, condition=shown)
 
+    def task_message(self, task: str, prompt: str | None = None, image: Any = None, **options: Any) -> dict[str, Any]:
+        """The user's message for a task, for `apply_chat_template` and the pipeline's `chat`.
+
+        Args:
+            task, prompt, options: as in `task_prompt`.
+            image: what the task is about, if its words have a place for it; ValueError for one too many or too few.
+        """
+        before, *after = self.task_prompt(task, prompt, **options).split(IMAGE)
+        if len(after) != (image is not None):
+            raise ValueError(f"task {task!r}: {len(after)} places for {int(image is not None)} images")
+        content = [{"type": "text", "text": before}]
+        if after:
+            content += [{"type": "image", "image": image}, {"type": "text", "text": after[0]}]
+        return {"role": "user", "content": content}
+
     # Ids -> text and pictures
 
     def split_ids(self, ids: Any) -> list[str | Tensor]:

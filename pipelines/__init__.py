@@ -7,14 +7,14 @@ Installed as `modeling_lumina_mgpt.pipelines`. The pipeline is imported when fir
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline, VerifierError
 
-__all__ = ["LuminaMGPTPipeline"]
+__all__ = ["LuminaMGPTPipeline", "VerifierError"]
 
 
 def __getattr__(name: str) -> Any:
-    if name != "LuminaMGPTPipeline":
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+    from . import pipeline_lumina_mgpt
 
-    return LuminaMGPTPipeline
+    return getattr(pipeline_lumina_mgpt, name)

@@ -44,6 +44,11 @@ Model = Annotated[str | None, typer.Option(help="Folder or repo; the small model
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 112x80.")]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same picture.")]
 Guidance = Annotated[float | None, typer.Option(help="How much the words count; 1 is without guidance.")]
+AllowUntrained = Annotated[bool, typer.Option("--allow-untrained", help="Try what the model was not trained for.")]
+BestOf = Annotated[int | None, typer.Option(min=1, help="Draw so many, keep the one that the verifier likes best.")]
+Verifier = Annotated[str | None, typer.Option(help='"tabletop", or folder or repo of a CLIP model.')]
+Enhancer = Annotated[str | None, typer.Option(help="A chat model that puts PROMPT into more words first.")]
+EnhancerUrl = Annotated[str | None, typer.Option(help="Where it is served (OpenAI-compatible), if not to be loaded.")]
 
 
 @app.command()
@@ -54,10 +59,37 @@ def generate(
     seed: Seed = None,
     guidance_scale: Guidance = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What to stay away from.")] = None,
+    condition: Annotated[str | None, typer.Option(help="Also draw its depth, canny, hed or pose map.")] = None,
+    best_of: BestOf = None,
+    verifier: Verifier = None,
+    prompt_enhancer: Enhancer = None,
+    prompt_enhancer_url: EnhancerUrl = None,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
     """Draw a picture of what PROMPT says."""
-    _draw(output, model, size, seed, prompt=prompt, guidance_scale=guidance_scale, negative_prompt=negative_prompt)
+    call: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "guidance_scale": guidance_scale}
+    if condition is not None:
+        call |= {"task": "pair", "condition": condition}
+    call |= {"best_of": best_of, "verifier": _verifier(verifier)}
+    call["prompt_enhancer"] = _prompt_enhancer(prompt_enhancer, prompt_enhancer_url)
+    _draw(output, model, size, seed, allow_untrained, **call)
+
+
+@app.command()
+def complete(
+    image: Annotated[Path, typer.Argument(help="What the picture begins with at its top.")],
+    prompt: Prompt,
+    output: Output = Path("picture.png"),
+    size: Size = None,
+    seed: Seed = None,
+    guidance_scale: Guidance = None,
+    model: Model = None,
+    allow_untrained: AllowUntrained = False,
+):
+    """Draw what is below IMAGE, as PROMPT says."""
+    call = {"image": image, "prompt": prompt, "task": "complete", "guidance_scale": guidance_scale}
+    _draw(output, model, size, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -68,9 +100,11 @@ def edit(
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
     """Change IMAGE as INSTRUCTION says."""
-    _draw(output, model, None, seed, image=image, prompt=instruction, guidance_scale=guidance_scale)
+    call = {"image": image, "prompt": instruction, "guidance_scale": guidance_scale}
+    _draw(output, model, None, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -78,31 +112,47 @@ def control(
     image: Annotated[Path, typer.Argument(help="A depth, normal, pose or segmentation map.")],
     prompt: Prompt,
     output: Output = Path("picture.png"),
+    condition: Annotated[
+        str | None, typer.Option(help="What IMAGE is, for Lumina-mGPT 2.0: depth, canny (or a photo), hed, pose, ...")
+    ] = None,
+    size: Size = None,
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
     """Draw PROMPT in the shape that IMAGE gives."""
-    _draw(output, model, None, seed, image=image, prompt=prompt, task="control", guidance_scale=guidance_scale)
+    call: dict[str, Any] = {"image": image, "prompt": prompt, "task": "panel" if condition else "control"}
+    call |= {"condition": condition, "guidance_scale": guidance_scale}
+    _draw(output, model, size, seed, allow_untrained, **call)
 
 
 @app.command()
 def predict(
-    task: Annotated[str, typer.Argument(help="depth, normal, pose, segmentation, detection, caption, vqa, ...")],
+    task: Annotated[str, typer.Argument(help="depth, normal, pose, segmentation, detection, refine, caption or vqa.")],
     image: ImageFile,
     prompt: Annotated[str | None, typer.Option(help="What to detect or to ask.")] = None,
     output: Output = Path("prediction.png"),
     seed: Seed = None,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
-    """Predict something of IMAGE: a picture, or text that is printed."""
-    _draw(output, model, None, seed, image=image, prompt=prompt, task=task)
+    """Predict something of IMAGE: a picture, numbers (-o depth.npy), or text that is printed."""
+    _draw(output, model, None, seed, allow_untrained, image=image, prompt=prompt, task=task)
 
 
 @app.command()
-def restore(image: ImageFile, output: Output = Path("restored.png"), seed: Seed = None, model: Model = None):
+def restore(
+    image: ImageFile,
+    output: Output = Path("restored.png"),
+    color_fix: Annotated[str, typer.Option(help="How to keep IMAGE's colors: wavelet, adain or none.")] = "wavelet",
+    seed: Seed = None,
+    model: Model = None,
+    allow_untrained: AllowUntrained = False,
+):
     """Restore a degraded IMAGE, and print what is the matter with it."""
-    _draw(output, model, None, seed, image=image, task="restore")
+    fix = None if color_fix == "none" else color_fix
+    _draw(output, model, None, seed, allow_untrained, image=image, task="restore", color_fix=fix)
 
 
 @app.command()
@@ -110,16 +160,19 @@ def chat(
     output_dir: Annotated[Path, typer.Option(help="Where the answers' pictures go.")] = Path("."),
     seed: Seed = None,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
-    """Talk with the model, a line at a time; <photo.png> in a line shows it that file. An empty line ends the talk."""
+    """Talk with the model, a line at a time; <photo.png> in a line shows it that file. An empty line ends the talk.
+
+    A line such as "/depth <photo.png>" or "/detection a red cube <photo.png>" asks for a task in the model's words.
+    """
     pipe, generator = _load(model), _generator(seed)
     messages: Any = []
     num_pictures = 0
     while line := typer.prompt(">", default="", show_default=False, prompt_suffix=" "):
-        parts = re.split(r"<([^<>\s][^<>]*\.\w+)>", line)  # text and file names in turn
-        content = [{"type": ("text", "image")[i % 2], ("text", "image")[i % 2]: x} for i, x in enumerate(parts) if x]
         try:
-            answer = pipe.chat([*messages, {"role": "user", "content": content}], generator=generator)
+            message = _message(pipe.processor, line, allow_untrained)
+            answer = pipe.chat([*messages, message], generator=generator)
         except (ValueError, OSError) as error:  # a mistyped file name must not end the talk
             typer.echo(f"Error: {error}", err=True)
             continue
@@ -195,6 +248,29 @@ def convert(
 
 
 @app.command()
+def inspect(
+    prompt: Prompt,
+    output_dir: Annotated[Path, typer.Option(help="Where attention.png, entropy.png and settings.png go.")] = Path(
+        "inspection"
+    ),
+    size: Size = None,
+    seed: Annotated[int, typer.Option(help="Chooses the picture.")] = 0,
+    model: Model = None,
+):
+    """Draw what the model attends to, how sure it is of each code, and what its settings do."""
+    from .inspection import draw_attention, draw_entropy, draw_settings, watch
+
+    pipe = _load(model)
+    watched = watch(pipe, prompt, generator=_generator(seed), **_size(size))
+    attention, sinks = draw_attention(pipe, watched)
+    _save(attention, output_dir / "attention.png")
+    typer.echo("\n".join(["sinks:", *sinks]) if sinks else "no sinks")
+    _save(draw_entropy(watched), output_dir / "entropy.png")
+    typer.echo(f"mean entropy: {watched.entropy.mean():.2f} nats")
+    _save(draw_settings(pipe, prompt, seed, **_size(size)), output_dir / "settings.png")
+
+
+@app.command()
 def push(
     folder: Annotated[Path, typer.Argument(help="What training or `save_pretrained` wrote.")],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
@@ -209,22 +285,74 @@ def push(
     typer.echo(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored).commit_url)
 
 
-def _draw(output: Path, model: str | None, size: str | None, seed: int | None, **call: Any) -> None:
+def _draw(
+    output: Path, model: str | None, size: str | None, seed: int | None, allow_untrained: bool, **call: Any
+) -> None:
     """Calls the pipeline, prints what it says and saves what it draws."""
+    from .pipeline_lumina_mgpt import VerifierError
+
+    call |= {"output_type": "np" if output.suffix == ".npy" else "pil", "allow_untrained": allow_untrained}
     call |= _size(size)
-    if output.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png")
-    answer: Any = _load(model)(generator=_generator(seed), **call)
+    if output.suffix.lower() not in {".npy", *Image.registered_extensions()}:
+        raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png, or .npy")
+    try:
+        answer: Any = _load(model)(generator=_generator(seed), **call)
+    except VerifierError as error:
+        for i, picture in enumerate(error.output.images, 1):
+            _save(picture, output.with_stem(f"{output.stem}-{i}"))
+        raise ValueError(str(error)) from error
     if answer.text[0]:
         typer.echo(answer.text[0])
-    if answer.images[0] is not None:
-        _save(answer.images[0], output)
+    if answer.boxes is not None:
+        typer.echo(f"box (left, top, right, bottom): {answer.boxes[0] or 'none found'}")
+    _save(answer.images[0], output)
+    if answer.panels is not None:
+        _save(answer.panels[0], output.with_stem(f"{output.stem}-panel"))
 
 
-def _save(picture, path: Path) -> None:
+def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:
+    """What a line of a talk says: text and <files> in turn, or a /task with its words and <file>."""
+    parts = re.split(r"<([^<>\s][^<>]*\.\w+)>", line)
+    if match := re.match(r"/(\S+)(.*)", parts[0]):
+        task, words = match[1], " ".join([match[2], *parts[2::2]]).strip()
+        processor.check_task(task, allow_untrained)
+        return processor.task_message(task, words or None, *parts[1::2])
+    content = [{"type": ("text", "image")[i % 2], ("text", "image")[i % 2]: x} for i, x in enumerate(parts) if x]
+    return {"role": "user", "content": content}
+
+
+def _verifier(name: str | None):
+    if name is None:
+        return None
+    from .verifiers import CLIPVerifier, TabletopVerifier
+
+    return TabletopVerifier() if name == "tabletop" else CLIPVerifier(name)
+
+
+def _prompt_enhancer(model: str | None, url: str | None):
+    if model is None:
+        if url is not None:
+            raise ValueError(f"prompt-enhancer-url {url}: name the model that is served there, as --prompt-enhancer")
+        return None
+    from .verifiers import ChatPromptEnhancer
+
+    return ChatPromptEnhancer(model, url=url)
+
+
+def _save(drawn: Any, path: Path) -> None:
+    """A picture or an array as a file; nothing where none was drawn."""
+    if drawn is None:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
-    typer.echo(f"{path} ({picture.width}x{picture.height})", err=True)
+    if isinstance(drawn, Image.Image):
+        drawn.save(path)
+        size = f"{drawn.width}x{drawn.height}"
+    else:
+        import numpy as np
+
+        np.save(path, drawn)
+        size = "x".join(map(str, drawn.shape))
+    typer.echo(f"{path} ({size})", err=True)
 
 
 def _size(size: str | None) -> dict[str, int]:

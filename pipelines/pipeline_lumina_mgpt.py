@@ -6,9 +6,10 @@ carries this file beside the model's, so it imports no sibling: the processor kn
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from diffusers import DiffusionPipeline, VQModel
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import BaseOutput
 from huggingface_hub import create_repo
+from PIL import Image
 from torch import LongTensor, Tensor
 from transformers import (
     AutoModelForMultimodalLM,
@@ -65,13 +67,62 @@ class LuminaMGPTPipelineOutput(BaseOutput):
         images: one a row, None where a row drew none; of a chat, the answer's. As the call's `output_type` has it.
         text: one a row, empty where the model said nothing.
         panels: of tasks with two panels, what the other one shows, in the form and order of `images`.
+        boxes: of task "detection", the box (left, top, right, bottom) found in each image, in its pixels; or None.
+        scores: the verifier's, one a row; `-inf` for one without a picture.
+        prompts: one a row, as the prompt enhancer made them.
         messages: of a chat, the conversation with the answer at its end, its pictures as codes.
     """
 
     images: list[Any] | np.ndarray | Tensor
     text: list[str]
     panels: list[Any] | np.ndarray | Tensor | None = None
+    boxes: list[tuple[int, int, int, int] | None] | None = None
+    scores: list[float] | None = None
+    prompts: list[str] | None = None
     messages: list[dict[str, Any]] | None = None
+
+
+class VerifierError(RuntimeError):
+    """A verifier failed. `output` is a `LuminaMGPTPipelineOutput` with every picture that had been drawn."""
+
+    def __init__(self, message: str, output: LuminaMGPTPipelineOutput):
+        super().__init__(f"{message}; the pictures are in the error's `output`")
+        self.output = output
+
+
+@dataclass
+class Request:
+    """One prompt of a call and what was given for it, None where nothing was.
+
+    Attributes:
+        height, width: pixels; once the image is encoded, those of the picture to draw, all panels of it.
+        words: what the model is told, if not the prompt.
+        codes: of the image, or of the rows that the picture to draw begins with. int64 (rows, cols)
+    """
+
+    prompt: str | None
+    negative_prompt: str | None
+    condition: str | None
+    image: Any
+    height: Any
+    width: Any
+    guidance_scale: float | None
+    words: str | None = None
+    codes: Any = None
+
+
+@dataclass
+class Row:
+    """One answer. Codes are int64 (rows, cols), pictures PIL images; what was not drawn is None."""
+
+    request: Request
+    text: str
+    codes: Any
+    panel_codes: Any = None
+    picture: Any = None
+    panel: Any = None
+    box: tuple[int, int, int, int] | None = None
+    score: float = math.nan
 
 
 class StepWatcher(StoppingCriteria):
@@ -131,6 +182,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] = _callback_tensor_inputs,
         condition: str | list[str] | None = None,
         color_fix: str | None = "wavelet",
+        best_of: int | None = None,
+        verifier: Callable[[str, list[Image.Image]], Any] | None = None,
+        prompt_enhancer: Callable[[str], str] | None = None,
         allow_untrained: bool = False,
         **generate_kwargs,
     ) -> LuminaMGPTPipelineOutput | tuple:
@@ -144,19 +198,27 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             height, width: pixels, for all or one per prompt. Default: the model's own for text-to-image, the input's
                 bucket for tasks that turn a picture into a picture.
             negative_prompt: context of guidance's unconditional branch, for all or one per prompt; "" is none.
-            num_images_per_prompt: rows drawn of each prompt; they follow each other in the output.
+            num_images_per_prompt: rows of each prompt; they follow each other in the output.
             guidance_scale: for all or one per prompt; 1 is without guidance.
-            generator: one for all, or one per row.
+            generator: one for all, or one per row drawn.
             output_type: "pil", "np" (float32 (height, width, 3) in [0, 1]), "pt" (float32 (3, height, width) in
                 [0, 1]) or "latent" (codes, int64 (rows, cols)). All but "pil" are stacked if they are of one size.
+                "np" and "pt" hold numbers for tasks "depth" ((height, width) in [0, 1]), "normal" (unit vectors in
+                place of colors) and "segmentation" (int64 (height, width)): see `image_processor.to_array`.
             callback_on_step_end: called as `callback(pipe, step, timestep, callback_kwargs)` after each token; both
                 numbers count tokens. Tokens are final: what it returns is ignored.
             callback_on_step_end_tensor_inputs: of "generated_ids": `LongTensor (batch, step + 1)`, whose rows
                 `processor.decode_ids` shows as far as they are drawn.
             condition: for all or one per prompt; of two panels, what the other one shows: "depth", "canny", "hed",
                 "pose", or in words, such as a subject to draw again. `height` and `width` are those of one panel.
+                For "canny" a photo will do: its edges are found first.
             color_fix: "wavelet", "adain" or None: how a restored picture gets the colors of `image`. One larger than
                 the model's square is restored in overlapping squares; a smaller one comes back that large.
+            best_of: rows to draw of each prompt, of which the `num_images_per_prompt` best are returned.
+            verifier: called as `verifier(prompt, images)` with the rows of a prompt as PIL images; gives a score for
+                each, more is better. The best come first. `pipelines.verifiers` has two.
+            prompt_enhancer: called as `prompt_enhancer(prompt)`; the model draws what it gives, the verifier sees the
+                prompt as it was.
             allow_untrained: try a task that this checkpoint was not trained for.
             generate_kwargs: further arguments of the model's `generate`: `image_top_k`, `text_top_k`,
                 `image_temperature`, `text_temperature`, `top_k_schedule`, `decoding`, `max_new_tokens`, ...
@@ -167,43 +229,37 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown or untrained task, a missing or superfluous prompt or image, an impossible size,
                 or a list of another length than the prompts'.
+            VerifierError: if the verifier raises, or gives other than a finite number for each image; `.output` holds
+                the images.
         """
-        # 1. One prompt, picture and size per row
-        self._check_options(output_type, callback_on_step_end_tensor_inputs)
+        # 1. One request per prompt
         task = task or ("text-to-image" if image is None else "edit")
         self.processor.check_task(task, allow_untrained)
-        num_prompts = next((len(given) for given in (prompt, image) if isinstance(given, list | tuple)), 1)
-        if not num_prompts:
-            raise ValueError("an empty list: at least one prompt or image is needed")
-        prompts, negatives = (
-            _one_each(x, num_prompts, name) for x, name in ((prompt, "prompt"), (negative_prompt, "negative_prompt"))
+        self._check_options(output_type, callback_on_step_end_tensor_inputs, task)
+        copies = _num_copies(num_images_per_prompt, best_of, verifier)
+        given = _requests(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            condition=condition,
+            image=image,
+            height=height,
+            width=width,
+            guidance_scale=guidance_scale,
         )
-        images = self._check_images(task, _one_each(image, num_prompts, "image"))
-        heights, widths = _one_each(height, num_prompts, "height"), _one_each(width, num_prompts, "width")
-        if restoration := self._restoration(task, images, heights, color_fix, output_type):
-            owners = [i for i, tiling in enumerate(restoration) for _ in tiling.corners]
-            images = [square for tiling in restoration for square in tiling.cut()]
-            prompts, negatives, heights, widths = (
-                [values[i] for i in owners] for values in (prompts, negatives, heights, widths)
-            )
-            if isinstance(guidance_scale, list):
-                guidance_scale = [guidance_scale[i] for i in owners]
-            if isinstance(generator, list):
-                copies = range(num_images_per_prompt)
-                generator = [generator[i * num_images_per_prompt + copy] for i in owners for copy in copies]
-        conditions = _one_each(condition, len(prompts), "condition")
-        codes, heights, widths = self._encode_images(task, images, heights, widths)
+        for request in given:
+            self._check_image(task, request.image)
+            if prompt_enhancer is not None and request.prompt:
+                request.words = _enhanced(prompt_enhancer, request.prompt)
+        tilings = self._tilings(given, color_fix, output_type) if task == "restore" else []
+        requests, generator = _one_per_square(given, tilings, generator, copies) if tilings else (given, generator)
+        self._encode_images(task, requests)
 
         # 2. Prompts to ids
-        asked, uni_rep = self.processor.tasks[task], self.processor.uni_rep
-        inputs = self._encode_prompts(task, prompts, conditions, codes, heights, widths)
-        if negative_prompt:
-            filled = [negative or words for negative, words in zip(negatives, prompts, strict=True)]
-            negative = self._encode_prompts(task, filled, conditions, codes, heights, widths, with_upper_rows=False)
-            is_given = torch.tensor([[bool(words)] for words in negatives], device=self._execution_device)
-            generate_kwargs["negative_prompt_ids"] = negative["input_ids"]
-            generate_kwargs["negative_prompt_attention_mask"] = negative["attention_mask"] * is_given
-        if asked.answer == "image":  # such an answer ends with its picture
+        inputs = self._encode_prompts(task, requests)
+        if any(request.negative_prompt for request in requests):
+            generate_kwargs |= self._encode_negative_prompts(task, requests)
+        if self.processor.tasks[task].answer == "image":  # such an answer ends with its picture
+            uni_rep = self.processor.uni_rep
             generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
 
         # 3. Generate
@@ -211,34 +267,28 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             inputs,
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
-            height=heights,
-            width=widths,
-            guidance_scale=guidance_scale,
+            height=[request.height for request in requests],
+            width=[request.width for request in requests],
+            guidance_scale=None if guidance_scale is None else [request.guidance_scale for request in requests],
             generator=generator,
-            num_return_sequences=num_images_per_prompt,
+            num_return_sequences=copies,
             **generate_kwargs,
         )
 
         # 4. Ids to text and pictures
-        prompt_of_row = [i for i in range(len(prompts)) for _ in range(num_images_per_prompt)]
-        if asked.continues:
-            begun = [uni_rep.encode(x, uni_rep.grid(h, w)[0]) for x, h, w in zip(codes, heights, widths, strict=True)]
-            answers = [torch.cat([begun[i], answer.cpu()]) for i, answer in zip(prompt_of_row, answers, strict=True)]
-        parts = [self.processor.split_ids(answer) for answer in answers]
-        text = ["".join(part for part in row if isinstance(part, str)).strip() for row in parts]
-        drawn = [([x for x in row if not isinstance(x, str)] or [None])[-1] for row in parts]
-        others = None
-        if asked.num_panels > 1:  # the one with the picture is drawn last, if the other one is given
-            num_rows = [uni_rep.grid(h, w)[0] for h, w in zip(heights, widths, strict=True)]
-            halves = [_halves(x, num_rows[i]) for i, x in zip(prompt_of_row, drawn, strict=True)]
-            drawn, others = ([pair[i] for pair in halves] for i in (asked.continues, not asked.continues))
-            others = self._as_output(self._decode(others, output_type), output_type)
-        drawn = self._decode(drawn, output_type)
-        if restoration:
-            drawn, text = self._merge(restoration, drawn, text, num_images_per_prompt, color_fix)
-        images = self._as_output(drawn, output_type)
+        drawn_for = [request for request in requests for _ in range(copies)]
+        rows = [self._row(task, request, answer) for request, answer in zip(drawn_for, answers, strict=True)]
+        if output_type != "latent" or verifier is not None:
+            self._decode_rows(task, rows)
+        if tilings:
+            rows = self._merge(given, tilings, rows, copies, color_fix)
         self.maybe_free_model_hooks()
-        return LuminaMGPTPipelineOutput(images=images, text=text, panels=others) if return_dict else (images, text)
+
+        # 5. The best of them
+        if verifier is not None:
+            rows = self._best(verifier, task, rows, copies, num_images_per_prompt, output_type)
+        output = self._output(task, rows, output_type)
+        return output if return_dict else (output.images, output.text)
 
     @torch.no_grad()
     def chat(
@@ -247,13 +297,16 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         output_type: str = "pil",
         callback_on_step_end: Callable | None = None,
         callback_on_step_end_tensor_inputs: list[str] = _callback_tensor_inputs,
+        upper_rows: Tensor | None = None,
         **generate_kwargs,
     ) -> LuminaMGPTPipelineOutput:
         """The next answer of a conversation, in text and pictures as the model likes.
 
         Args:
             messages: as in transformers: `{"role": "user" | "assistant", "content": ...}`, where content is a string
-                or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`.
+                or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`; or as
+                `processor.task_message` has it for a task.
+            upper_rows: codes (rows, cols) that the answer's picture, of `height` and `width`, begins with.
             generate_kwargs: as in a call; `height` and `width` have the answer begin with a picture of that size.
 
         Returns:
@@ -262,13 +315,18 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
         if not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
-        inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+        begun: dict[str, Any] = {}
+        if upper_rows is not None:
+            begun = {"upper_rows": upper_rows, **{name: generate_kwargs.get(name) for name in ("height", "width")}}
+        inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **begun)
         inputs = inputs.to(self._execution_device)
         (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)
+        if upper_rows is not None:
+            row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row.cpu()])
         parts = self.processor.split_ids(row)
         codes, words = ([part for part in parts if isinstance(part, str) is is_text] for is_text in (False, True))
         content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in parts]
-        images = self._as_output(self._decode(codes, output_type), output_type)
+        images = self._as_output(codes if output_type == "latent" else self._decode(codes), output_type)
         self.maybe_free_model_hooks()
         answer = {"role": "assistant", "content": content}
         return LuminaMGPTPipelineOutput(images=images, text=["".join(words).strip()], messages=[*messages, answer])
@@ -284,14 +342,14 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         for first in range(0, len(prompts), batch_size):
             part: dict[str, Any] = {}
             for name, value in kwargs.items():
-                copies = num_images_per_prompt if name == "generator" else 1
+                copies = (kwargs.get("best_of") or num_images_per_prompt) if name == "generator" else 1
                 own = slice(first * copies, (first + batch_size) * copies)
                 part[name] = value[own] if isinstance(value, list) and name in PER_PROMPT else value
             batch = prompts[first : first + batch_size]
             output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
             for i in range(len(batch)):
                 own = slice(i * num_images_per_prompt, (i + 1) * num_images_per_prompt)
-                yield first + i, LuminaMGPTPipelineOutput(images=output.images[own], text=output.text[own])
+                yield first + i, LuminaMGPTPipelineOutput(**{name: column[own] for name, column in output.items()})
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """As in stock, but without an accelerator, where there is nothing to offload from, it does nothing."""
@@ -300,81 +358,92 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     # The steps of a call
 
-    def _check_options(self, output_type: str, tensor_inputs: list[str]) -> None:
+    def _check_options(self, output_type: str, tensor_inputs: list[str], task: str = "") -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: accepted are {', '.join(OUTPUT_TYPES)}")
+        if task == "segmentation" and output_type in ("np", "pt"):
+            self.processor.image_processor.check_palette()
         unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
         if unknown:
             raise ValueError(
                 f"callback_on_step_end_tensor_inputs {sorted(unknown)}: accepted are {self._callback_tensor_inputs}"
             )
 
-    def _check_images(self, task: str, images: list[Any]) -> list[Any]:
+    def _check_image(self, task: str, image: Any) -> None:
         needs_image = self.processor.tasks[task].needs_image
-        if any((image is not None) != needs_image for image in images):
+        if (image is not None) != needs_image:
             raise ValueError(f"task {task!r} takes {'an' if needs_image else 'no'} image")
-        return images
 
-    def _encode_images(self, task: str, images: list[Any], heights: list, widths: list) -> tuple[list, list, list]:
-        """Codes (rows, cols) of the pictures given; height and width in pixels of the picture that each row must draw,
-        all panels of it, None where the model decides."""
+    def _encode_images(self, task: str, requests: list[Request]) -> None:
+        """Gives each request its image's codes, and the size of the picture to draw unless the model decides."""
         config, uni_rep, asked = self.transformer.config, self.processor.uni_rep, self.processor.tasks[task]
         follows = asked.needs_image and not asked.continues
-        codes = self.processor.encode_images(images) if follows else []
-        sizes = []
-        for row, (height, width) in enumerate(zip(heights, widths, strict=True)):
-            if (height is None) != (width is None):
-                raise ValueError(f"height {height}, width {width}: give both or none")
-            if height is not None:
-                uni_rep.grid(height * asked.num_panels, width)  # raises for what cannot be drawn
+        if follows:
+            codes = self.processor.encode_images([request.image for request in requests])
+            for request, own in zip(requests, codes, strict=True):
+                request.codes = own
+        for request in requests:
+            if (request.height is None) != (request.width is None):
+                raise ValueError(f"height {request.height}, width {request.width}: give both or none")
+            if request.height is not None:
+                request.height *= asked.num_panels
+                uni_rep.grid(request.height, request.width)  # raises for what cannot be drawn
             elif not follows and not (asked.continues and asked.num_panels > 1):
-                height, width = config.default_height_px // asked.num_panels, config.default_width_px
+                request.height, request.width = config.default_height_px, config.default_width_px
             if asked.continues:
-                codes.append(self._upper_rows(images[row], height, width, asked.num_panels))
-            if height is None and asked.answer == "image":
-                height, width = (n * uni_rep.size_unit_px // uni_rep.codes_per_size_unit for n in codes[row].shape)
-            sizes.append((height and height * asked.num_panels, width))
-        return codes, [height for height, _ in sizes], [width for _, width in sizes]
+                request.codes = self._upper_rows(request, asked.num_panels)
+            if request.height is None and asked.answer == "image":
+                code_px = uni_rep.size_unit_px // uni_rep.codes_per_size_unit
+                rows, cols = request.codes.shape
+                request.height, request.width = rows * asked.num_panels * code_px, cols * code_px
 
-    def _upper_rows(self, image: Any, height: int | None, width: int | None, num_panels: int) -> Tensor:
+    def _upper_rows(self, request: Request, num_panels: int) -> Tensor:
         """Codes of what a picture begins with: a whole panel, or as many rows as the image has in that width."""
+        image, image_processor = request.image, self.processor.image_processor
         if self.processor.is_codes(image):
             return torch.as_tensor(image)
+        if request.condition == "canny":
+            image = image_processor.canny(image)
         unit_px = self.processor.uni_rep.size_unit_px
-        if height is None or width is None:  # a bucket such that all panels have the area that the model draws
+        if request.height is None:  # a bucket such that all panels have the area that the model draws
             target_px = int(self.processor.target_px / num_panels**0.5) // unit_px * unit_px
             return self.processor.encode_image(image, max(target_px, unit_px))
-        size = (width, height)
+        height_px = request.height // num_panels
         if num_panels == 1:
-            picture, code_px = (
-                self.processor.image_processor.load(image),
-                unit_px // self.processor.codes_per_size_unit,
-            )
-            num_rows = round(picture.height * width / picture.width / code_px)
-            size = (width, min(max(num_rows, 1), height // code_px - 1) * code_px)
-        return self.processor.encode_images([image], size=size)[0]
+            picture, code_px = image_processor.load(image), unit_px // self.processor.codes_per_size_unit
+            num_rows = round(picture.height * request.width / picture.width / code_px)
+            height_px = min(max(num_rows, 1), height_px // code_px - 1) * code_px
+        return self.processor.encode_images([image], size=(request.width, height_px))[0]
 
-    def _encode_prompts(
-        self,
-        task: str,
-        prompts: list,
-        conditions: list,
-        codes: list,
-        heights: list,
-        widths: list,
-        with_upper_rows=True,
-    ):
+    def _begun(self, upper_rows: Tensor, height: int, width: int) -> Tensor:
+        """The ids of a picture of that size as far as its upper rows go."""
+        uni_rep = self.processor.uni_rep
+        return uni_rep.encode(upper_rows, uni_rep.grid(height, width)[0])
+
+    def _encode_prompts(self, task: str, requests: list[Request], with_upper_rows: bool = True):
         """`input_ids` and `attention_mask`, int64 (prompts, length)."""
-        rows = zip(prompts, heights, widths, conditions, strict=True)
-        turns = [self.processor.task_prompt(task, *row) for row in rows]
+        turns = [
+            self.processor.task_prompt(task, r.words or r.prompt, r.height, r.width, r.condition) for r in requests
+        ]
         chats = [[{"role": "user", "content": turn}] for turn in turns]  # a plain call takes a rendered text verbatim
         options: dict[str, Any] = {}
         if not self.processor.tasks[task].continues:
-            options["images"] = [[grid] for grid in codes] or None
+            options["images"] = [[r.codes] for r in requests if r.codes is not None] or None
         elif with_upper_rows:
-            options = {"upper_rows": codes, "height": heights, "width": widths}
+            options = {name: [getattr(r, name) for r in requests] for name in ("height", "width")}
+            options["upper_rows"] = [r.codes for r in requests]
         inputs = self.processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)
         return inputs.to(self._execution_device)
+
+    def _encode_negative_prompts(self, task: str, requests: list[Request]) -> dict[str, Tensor]:
+        """What `generate` takes as negative prompts; nothing is seen of those that are empty."""
+        negatives = [replace(request, words=request.negative_prompt) for request in requests]
+        inputs = self._encode_prompts(task, negatives, with_upper_rows=False)
+        is_given = torch.tensor([[bool(r.negative_prompt)] for r in requests], device=self._execution_device)
+        return {
+            "negative_prompt_ids": inputs["input_ids"],
+            "negative_prompt_attention_mask": inputs["attention_mask"] * is_given,
+        }
 
     def _generate(self, inputs, callback: Callable | None, tensor_inputs: list[str], **kwargs) -> LongTensor:
         """The new ids, `(batch, length)`, finished rows padded on the right."""
@@ -395,57 +464,119 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             return max(self.processor.uni_rep.num_tokens(*self.processor.uni_rep.grid(h, w)) for h, w in sizes)
         return max_new_tokens or self.transformer.config.max_position_embeddings - prompt_length
 
-    def _decode(self, codes: list[Tensor | None], output_type: str) -> list[Any]:
-        """Codes (rows, cols) to PIL images, but for "latent"; None stays None."""
-        if output_type == "latent":
-            return codes
+    def _row(self, task: str, request: Request, ids: Tensor) -> Row:
+        """What the new ids of a row say."""
+        asked = self.processor.tasks[task]
+        if asked.continues:
+            ids = torch.cat([self._begun(request.codes, request.height, request.width), ids.cpu()])
+        parts = self.processor.split_ids(ids)
+        text = "".join(part for part in parts if isinstance(part, str)).strip()
+        codes = ([part for part in parts if not isinstance(part, str)] or [None])[-1]
+        if asked.num_panels == 1 or codes is None:
+            return Row(request, text, codes)
+        num_rows = self.processor.uni_rep.grid(request.height, request.width)[0] // asked.num_panels
+        upper, lower = (half if len(half) else None for half in (codes[:num_rows], codes[num_rows:]))
+        # the panel that is the picture is drawn last if the other one is given
+        return Row(request, text, lower, upper) if asked.continues else Row(request, text, upper, lower)
+
+    def _decode_rows(self, task: str, rows: list[Row]) -> None:
+        """Gives the rows their pictures, and the boxes found in them."""
+        for name in ("picture", "panel"):
+            codes = [row.codes if name == "picture" else row.panel_codes for row in rows]
+            for row, picture in zip(rows, self._decode(codes), strict=True):
+                setattr(row, name, picture)
+        if task == "detection":
+            for row, source in zip(rows, self._decode([row.request.codes for row in rows]), strict=True):
+                if row.picture is not None and row.picture.size == source.size:
+                    row.box = self.processor.image_processor.find_box(row.picture, source)
+
+    def _decode(self, codes: list[Tensor | None]) -> list[Any]:
+        """Codes (rows, cols) to PIL images; None stays None."""
         pictures = iter(self.processor.decode_images([grid for grid in codes if grid is not None]))
         return [None if grid is None else next(pictures) for grid in codes]
 
-    def _as_output(self, images: list[Any], output_type: str) -> Any:
+    def _best(
+        self, verifier: Callable, task: str, rows: list[Row], copies: int, num_kept: int, output_type: str
+    ) -> list[Row]:
+        """Of the copies of each prompt, those with the best scores, the best first."""
+        kept = []
+        for first in range(0, len(rows), copies):
+            own, prompt = rows[first : first + copies], rows[first].request.prompt or ""
+            seen = [row for row in own if row.picture is not None]
+            try:
+                scores = [float(score) for score in verifier(prompt, [row.picture for row in seen])] if seen else []
+                if len(scores) != len(seen) or not all(map(math.isfinite, scores)):
+                    raise ValueError(f"it gave {scores} for {len(seen)} images, not a finite number for each")
+            except Exception as error:  # whatever a stranger's callable raises, the pictures must not be lost
+                message = f"the verifier failed on {prompt!r}: {type(error).__name__}: {error}"
+                raise VerifierError(message, self._output(task, rows, output_type)) from error
+            for row in own:
+                row.score = scores.pop(0) if row.picture is not None else -math.inf
+            kept += sorted(own, key=lambda row: -row.score)[:num_kept]
+        return kept
+
+    def _output(self, task: str, rows: list[Row], output_type: str) -> LuminaMGPTPipelineOutput:
+        is_latent = output_type == "latent"
+        output = LuminaMGPTPipelineOutput(
+            images=self._as_output([row.codes if is_latent else row.picture for row in rows], output_type, task),
+            text=[row.text for row in rows],
+        )
+        if self.processor.tasks[task].num_panels > 1:
+            panels = [row.panel_codes if is_latent else row.panel for row in rows]
+            output["panels"] = self._as_output(panels, output_type, task)
+        if task == "detection" and not is_latent:
+            output["boxes"] = [row.box for row in rows]
+        if not math.isnan(rows[0].score):
+            output["scores"] = [row.score for row in rows]
+        if any(row.request.words for row in rows):
+            output["prompts"] = [row.request.words or row.request.prompt for row in rows]
+        return output
+
+    def _as_output(self, images: list[Any], output_type: str, task: str = "") -> Any:
         """PIL images, or codes, as `output_type` has them; those of one size are stacked but for "pil"."""
-        if output_type in ("np", "pt"):
-            images = [None if x is None else np.asarray(x, dtype=np.float32) / 255 for x in images]
-        if output_type == "pt":
-            images = [None if x is None else torch.from_numpy(x).permute(2, 0, 1) for x in images]
         if output_type == "pil":
             return images
+        if output_type in ("np", "pt"):
+            to_array = self.processor.image_processor.to_array
+            images = [None if x is None else to_array(x, task) for x in images]
+        if output_type == "pt":
+            images = [None if x is None else torch.from_numpy(x.copy()) for x in images]
+            images = [x.permute(2, 0, 1) if x is not None and x.ndim == 3 else x for x in images]
         same = len({None if x is None else tuple(x.shape) for x in images}) == 1 and images[0] is not None
         return (np.stack if output_type == "np" else torch.stack)(images) if same else images
 
     # Restoration of pictures of any size
 
-    def _restoration(
-        self, task: str, images: list[Any], heights: list, color_fix: str | None, output_type: str
-    ) -> list:
-        """The pictures to restore, as squares that the model can take; empty for other tasks."""
-        if task != "restore":
-            return []
+    def _tilings(self, requests: list[Request], color_fix: str | None, output_type: str) -> list:
+        """The pictures to restore, as squares that the model can take."""
         image_processor, side_px = self.processor.image_processor, self.processor.target_px
-        if any(height is not None for height in heights):
+        if any(request.height is not None or request.width is not None for request in requests):
             raise ValueError("task 'restore' takes no height and width: a picture keeps its own shape")
         if output_type == "latent":
             raise ValueError("output_type 'latent': restored pictures are put together from pixels")
         if color_fix is not None:
             image_processor.check_color_fix(color_fix)
+        images = [request.image for request in requests]
         pictures = [self.processor.decode_image(x) if self.processor.is_codes(x) else x for x in images]
         return [image_processor.tile(picture, side_px) for picture in pictures]
 
-    def _merge(self, tilings: list, drawn: list, text: list[str], copies: int, color_fix: str | None) -> tuple:
-        """One picture and one text for each copy of each picture, from those of its squares."""
-        pictures, texts, first = [], [], 0
-        for tiling in tilings:
+    def _merge(
+        self, requests: list[Request], tilings: list, rows: list[Row], copies: int, color_fix: str | None
+    ) -> list[Row]:
+        """One row for each copy of each picture, from those of its squares."""
+        merged, first = [], 0
+        for request, tiling in zip(requests, tilings, strict=True):
             sources = tiling.cut()
             for copy in range(copies):
-                own = slice(first + copy, first + copies * len(sources), copies)
-                squares = [x and x.resize(source.size) for x, source in zip(drawn[own], sources, strict=True)]
+                own = rows[first + copy : first + copies * len(sources) : copies]
+                squares = [row.picture and row.picture.resize(x.size) for row, x in zip(own, sources, strict=True)]
                 if color_fix is not None:
                     fix = self.processor.image_processor.fix_colors
                     squares = [x and fix(x, source, color_fix) for x, source in zip(squares, sources, strict=True)]
-                pictures.append(None if None in squares else tiling.merge(squares))
-                texts.append("\n".join(dict.fromkeys(text[own])))
+                text = "\n".join(dict.fromkeys(row.text for row in own))
+                merged.append(Row(request, text, None, picture=None if None in squares else tiling.merge(squares)))
             first += copies * len(sources)
-        return pictures, texts
+        return merged
 
     # Loading and saving
 
@@ -519,11 +650,45 @@ def save_pipeline_files(folder: Path) -> None:
     (folder / LuminaMGPTPipeline.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
-def _halves(codes: Tensor | None, num_rows: int) -> list[Tensor | None]:
-    """The upper and the lower panel of codes (rows, cols), of which some rows may be missing; None where all are."""
-    if codes is None:
-        return [None, None]
-    return [half if len(half) else None for half in (codes[: num_rows // 2], codes[num_rows // 2 :])]
+def _num_copies(num_images_per_prompt: int, best_of: int | None, verifier: Callable | None) -> int:
+    """Rows to draw of each prompt."""
+    if num_images_per_prompt < 1:
+        raise ValueError(f"num_images_per_prompt {num_images_per_prompt}: accepted are 1 and more")
+    if best_of is None:
+        return num_images_per_prompt
+    if best_of < num_images_per_prompt:
+        raise ValueError(f"best_of {best_of}: {num_images_per_prompt} images per prompt need at least as many")
+    if verifier is None:
+        raise ValueError(f"best_of {best_of} needs a verifier, such as those in `pipelines.verifiers`")
+    return best_of
+
+
+def _requests(**given: Any) -> list[Request]:
+    """One request for each prompt, from values for all or lists with one for each."""
+    lists = (given[name] for name in ("prompt", "image") if isinstance(given[name], list | tuple))
+    num_prompts = len(next(lists, [None]))
+    if not num_prompts:
+        raise ValueError("an empty list: at least one prompt or image is needed")
+    columns = [_one_each(value, num_prompts, name) for name, value in given.items()]
+    return [Request(**dict(zip(given, values, strict=True))) for values in zip(*columns, strict=True)]
+
+
+def _enhanced(enhancer: Callable[[str], str], prompt: str) -> str:
+    words = enhancer(prompt)
+    if not isinstance(words, str) or not words.strip():
+        raise ValueError(f"the prompt enhancer made {words!r} of {prompt!r}: accepted is some text")
+    return words
+
+
+def _one_per_square(requests: list[Request], tilings: list, generator: Any, copies: int) -> tuple[list[Request], Any]:
+    """A request for each square of each picture, and for its rows the generators of the picture's."""
+    owners = [i for i, tiling in enumerate(tilings) for _ in tiling.corners]
+    squares = [square for tiling in tilings for square in tiling.cut()]
+    if isinstance(generator, list | tuple):
+        if len(generator) != len(requests) * copies:
+            raise ValueError(f"{len(generator)} generators for {len(requests) * copies} rows")
+        generator = [generator[i * copies + copy] for i in owners for copy in range(copies)]
+    return [replace(requests[i], image=square) for i, square in zip(owners, squares, strict=True)], generator
 
 
 def _one_each(value: Any, num_prompts: int, name: str) -> list[Any]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, VerifierError
 
 PICTURE = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))  # its bucket is the same size
 
@@ -125,7 +125,7 @@ def test_two_panels_are_drawn_or_the_second_to_a_given_first(tiny_pipe):
     pair = draw(task="pair", condition="depth", height=32, width=48)
     assert pair.images.shape == pair.panels.shape == (4, 4, 6)
     given = tiny_pipe.processor.encode_images([PICTURE], size=(32, 48))[0]
-    panel = draw(task="panel", image=[PICTURE, PICTURE], condition=["canny", "a brass lamp"], height=48, width=32)
+    panel = draw(task="panel", image=[PICTURE, PICTURE], condition=["pose", "a brass lamp"], height=48, width=32)
     assert panel.images.shape == (4, 6, 4) and all(torch.equal(x, given) for x in panel.panels)
     unsized = draw(task="panel", image=[PICTURE] * 2, condition="hed")
     assert unsized.images.shape == unsized.panels.shape == (4, 4, 4)
@@ -133,6 +133,57 @@ def test_two_panels_are_drawn_or_the_second_to_a_given_first(tiny_pipe):
         draw(task="pair")
     with pytest.raises(ValueError, match=r"upper rows of \(8, 8\) codes for a picture of 8x8"):
         draw(task="complete", image=[torch.zeros(8, 8, dtype=torch.long)] * 2, height=64, width=64)
+
+
+def test_the_canny_condition_is_found_in_a_photo(tiny_pipe):
+    photo = Image.effect_noise((64, 32), 10).convert("RGB")
+    photo.paste("black", (16, 8, 48, 24))
+    edges = tiny_pipe.processor.image_processor.canny(photo)
+    assert {*edges.get_flattened_data()} == {(0, 0, 0), (255, 255, 255)}
+    call = {"task": "panel", "condition": "canny", "height": 32, "width": 64, "output_type": "latent"}
+    of_photo, of_edges = (tiny_pipe("a", image=x, generator=seeded(), **call) for x in (photo, edges))
+    assert torch.equal(of_photo.panels[0], tiny_pipe.processor.encode_images([edges], size=(64, 32))[0])
+    assert torch.equal(of_photo.images[0], of_edges.images[0])
+
+
+def test_dense_predictions_are_numbers(tiny_pipe):
+    def predict(task, kind="np"):
+        return tiny_pipe(image=PICTURE, task=task, generator=seeded(), output_type=kind).images[0]
+
+    size = tiny_pipe(image=PICTURE, task="depth", generator=seeded()).images[0].size[::-1]
+    depth, normals = predict("depth"), predict("normal")
+    assert depth.shape == size and 0 <= depth.min() < depth.max() <= 1
+    assert normals.shape == (*size, 3) and np.allclose(np.linalg.norm(normals, axis=-1), 1, atol=1e-5)
+    assert predict("normal", "pt").shape == (3, *size)
+    with pytest.raises(ValueError, match=r"no palette .* set `image_processor.palette` to"):
+        predict("segmentation")
+    tiny_pipe.processor.image_processor.palette = [["ground", 0, 0, 0], ["thing", 255, 255, 255]]
+    labels = predict("segmentation", "pt")
+    assert labels.shape == size and labels.dtype == torch.int64 and labels.max() <= 1
+
+
+def test_the_best_rows_of_each_prompt_come_first(tiny_pipe):
+    def brightness(prompt, images):
+        seen.append((prompt, len(images)))
+        return [np.asarray(image).mean() for image in images]
+
+    seen: list = []
+    generators = [seeded(i) for i in range(8)]
+    drawn = tiny_pipe(["a", "b"], num_images_per_prompt=4, generator=[seeded(i) for i in range(8)]).images
+    call = {"num_images_per_prompt": 2, "best_of": 4, "verifier": brightness, "prompt_enhancer": str.upper}
+    best = tiny_pipe(["a", "b"], generator=generators, **call)
+    assert seen == [("a", 4), ("b", 4)] and best.prompts == ["A", "A", "B", "B"]
+    expected = tiny_pipe(["A", "B"], num_images_per_prompt=4, generator=[seeded(i) for i in range(8)]).images
+    expected = [sorted(own, key=lambda x: -np.asarray(x).mean())[:2] for own in (expected[:4], expected[4:])]
+    assert same(best.images, [*expected[0], *expected[1]]) and not same(best.images, drawn[:4])
+    assert best.scores == [np.asarray(image).mean() for image in best.images]
+
+
+@pytest.mark.parametrize("scores", [[1.0], [1.0, float("nan")], ["good", "bad"], 3, None])
+def test_pictures_survive_a_verifier_that_fails(tiny_pipe, scores):
+    with pytest.raises(VerifierError, match=r"the verifier failed on 'a': .*Error: ") as caught:
+        tiny_pipe("a", best_of=2, verifier=lambda prompt, images: scores, generator=seeded())
+    assert same(caught.value.output.images, tiny_pipe("a", num_images_per_prompt=2, generator=seeded()).images)
 
 
 def test_callbacks_see_rows_as_they_are_drawn_and_may_interrupt(tiny_pipe):
@@ -179,6 +230,27 @@ def test_what_a_user_writes_is_never_a_control_token(tiny_pipe):
         assert ids.count(uni_rep.end_id) == (picture is not None)
 
 
+def test_a_task_is_asked_for_in_a_chat_in_the_models_words(tiny_pipe):
+    """The ids of a chat's only message are those of the call."""
+    seen = []
+    generate = tiny_pipe.transformer.generate
+    tiny_pipe.transformer.generate = lambda input_ids, **kwargs: (
+        seen.append(input_ids) or generate(input_ids, **kwargs)
+    )
+    for task, words, picture in (("depth", None, PICTURE), ("detection", "a cube", PICTURE), ("pair", "a dog", None)):
+        options = {"condition": "hed", "height": 32, "width": 32} if task == "pair" else {}
+        drawn = tiny_pipe(words, image=picture, task=task, **{**options, "height": 32, "width": 32})
+        options = {**options, "height": 64} if options else {}
+        talk = tiny_pipe.chat([tiny_pipe.processor.task_message(task, words, picture, **options)], max_new_tokens=8)
+        assert torch.equal(*seen[-2:]) and drawn.images and len(talk.messages) == 2
+    upper = tiny_pipe.processor.encode_images([PICTURE], size=(32, 16))[0]
+    message = tiny_pipe.processor.task_message("complete", "a dog", height=32, width=32)
+    (drawn,) = tiny_pipe.chat([message], upper_rows=upper, height=32, width=32, output_type="latent").images
+    assert drawn.shape == (4, 4) and torch.equal(drawn[:2], upper)
+    with pytest.raises(ValueError, match="'depth': 1 places for 0 images"):
+        tiny_pipe.processor.task_message("depth")
+
+
 def test_a_stream_yields_what_a_call_returns(tiny_pipe):
     prompts, generators = ["a", "b", "c"], [[seeded(i) for i in range(6)] for _ in range(2)]
     options = {"num_images_per_prompt": 2, "height": [32, 48, 32], "width": [32, 32, 48]}
@@ -206,6 +278,10 @@ def test_a_stream_yields_what_a_call_returns(tiny_pipe):
         ({"prompt": "a", "output_type": "jpg"}, "pil, np, pt, latent"),
         ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["logits"]}, "generated_ids"),
         ({"prompt": "a", "eta": 0.5}, "eta"),
+        ({"prompt": "a", "best_of": 2}, "best_of 2 needs a verifier"),
+        ({"prompt": "a", "best_of": 2, "num_images_per_prompt": 3}, "3 images per prompt need at least as many"),
+        ({"prompt": "a", "num_images_per_prompt": 0}, "accepted are 1 and more"),
+        ({"prompt": "a", "prompt_enhancer": lambda prompt: ""}, "made '' of 'a'"),
     ],
 )
 def test_what_is_impossible_is_a_value_error_that_says_what_is_accepted(tiny_pipe, call, accepted):

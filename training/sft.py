@@ -29,7 +29,7 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
 from .mixture import Mixture, load_mixture
-from .tabletop import tabletop_texts
+from .tabletop import SEGMENT_COLORS, tabletop_texts
 from .train_tokenizer import build_tokenizer
 
 IGNORED_LABEL = -100
@@ -143,7 +143,9 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     words = {"prompt": "", "condition": ""}
     templates = [task.template.format(width=s, height=s, **words) for task in TASKS.values() for s in sizes]
     tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
-    processor = LuminaMGPTProcessor(LuminaMGPTImageProcessor(), tokenizer, **shape["processor"])
+    palette = [[name, *(round(255 * value) for value in color)] for name, color in SEGMENT_COLORS.items()]
+    image_processor = LuminaMGPTImageProcessor(palette=palette)
+    processor = LuminaMGPTProcessor(image_processor, tokenizer, **shape["processor"])
     config = LuminaMGPTConfig(
         vocab_size=len(tokenizer) - 1,
         bos_token_id=tokenizer.bos_token_id,
