@@ -122,10 +122,12 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             return None
         (left, right), (top, bottom) = (_extent_of_lines(change.sum(axis)) for axis in (0, 1))
         box = change[top:bottom, left:right]
-        band = max(1, min(box.shape) // 4)
+        height, width = box.shape
+        band = max(1, min(height, width) // 4)
         sides = box[:band].any(0), box[-band:].any(0), box[:, :band].any(1), box[:, -band:].any(1)
         is_closed = all(side.mean() > 0.7 for side in sides)
-        is_hollow = box[band:-band, band:-band].mean() < 0.5 if min(box.shape) > 2 * band else False
+        middle = box[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8]
+        is_hollow = middle.size > 0 and middle.mean() < 0.5
         return (left, top, right, bottom) if is_closed and is_hollow else None
 
     def canny(self, image: Any, low: int = 100, high: int = 200) -> Image.Image:

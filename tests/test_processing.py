@@ -2,12 +2,13 @@
 
 import io
 import json
+import random
 
 import numpy as np
 import pytest
 import torch
 from golden_weights import GOLDEN, golden_tokenizer, load_golden_xz
-from PIL import Image
+from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
@@ -15,6 +16,18 @@ from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
 from modeling_lumina_mgpt.image_processing_lumina_mgpt import COLOR_FIXES, Tiling
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
+from modeling_lumina_mgpt.training.tabletop import (
+    FAR,
+    NEAR,
+    SEGMENT_COLORS,
+    SHAPES,
+    depth_image,
+    normal_image,
+    render,
+    sample_scene,
+    segmentation_image,
+    to_image,
+)
 
 FAMILIES = {"lumina_mgpt": ("tokenizer", 2), "lumina_mgpt_2": ("tokenizer_2", 4), "pure": ("tokenizer_pure", 4)}
 
@@ -175,6 +188,35 @@ def test_color_fixes_take_the_sources_colors():
     assert np.abs(matched.mean((0, 1)) - wanted.mean((0, 1))).max() < 8  # but for what was clipped
     with pytest.raises(ValueError, match="accepted are two of one size"):
         COLOR_FIXES["wavelet"](target, source.resize((5, 5)))
+
+
+@pytest.mark.parametrize("box", [(5, 7, 40, 60), (2, 30, 62, 40), (10, 3, 18, 44)])
+@pytest.mark.parametrize("width_px", [1, 3])
+def test_the_box_that_was_drawn_is_found(box, width_px):
+    noise = np.random.default_rng(0).integers(-20, 20, (64, 64, 3))
+    source = np.broadcast_to(np.linspace(60, 160, 64)[:, None, None], (64, 64, 3)).astype(np.uint8)
+    drawn = Image.fromarray((source + noise).astype(np.uint8))
+    drawn.paste("blue", (50, 2, 54, 6))  # the model changed something else as well
+    left, top, right, bottom = box
+    ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), outline="red", width=width_px)
+    find_box = LuminaMGPTImageProcessor().find_box
+    assert find_box(drawn, Image.fromarray(source)) == box
+    ImageDraw.Draw(drawn).line((left, top, left, bottom - 1), "gray", 5)  # an open one is none
+    others = [drawn, Image.fromarray(source), Image.new("RGB", (64, 64), "red")]
+    assert [find_box(other, Image.fromarray(source)) for other in others] == [None] * 3
+
+
+def test_arrays_are_what_the_pictures_of_maps_show():
+    scene = sample_scene(random.Random(0), 64, 64, num_objects=3)
+    rendering = render([scene], 64, 64, maps=True)
+    depth, normals, segmentation = rendering.depth[0], rendering.normals[0], rendering.segmentation[0]
+    palette = [[name, *(round(255 * value) for value in color)] for name, color in SEGMENT_COLORS.items()]
+    to_array = LuminaMGPTImageProcessor(palette=palette).to_array
+    nearness = ((FAR - depth) / (FAR - NEAR)).clamp(0, 1)
+    assert np.abs(to_array(to_image(depth_image(depth)), "depth") - nearness.numpy()).max() < 0.005
+    assert np.abs(to_array(to_image(normal_image(normals)), "normal") - normals.numpy()).max() < 0.01
+    classes = torch.tensor([0, *(SHAPES.index(o.shape) + 1 for o in scene.objects)])[segmentation]
+    assert np.array_equal(to_array(to_image(segmentation_image(segmentation, scene)), "segmentation"), classes)
 
 
 @pytest.mark.parametrize("size", [(40, 20), (64, 64), (65, 64), (200, 130), (300, 20)])
