@@ -28,7 +28,34 @@ CUSTOM_PIPELINES = {
         "type": "text",
     }
 }
-CHAMELEON_ONLY = ("architectures", "dropout", "image_token_id", "mask_image_logits", "vocabulary_map", "vq_config")
+# What a published configuration says about the decoder. The rest is about a VQ model and a vocabulary map that are not
+# here, or left over from training.
+PUBLISHED_FIELDS = {
+    "attention_bias",
+    "attention_dropout",
+    "bos_token_id",
+    "dtype",
+    "eos_token_id",
+    "hidden_act",
+    "hidden_size",
+    "initializer_range",
+    "intermediate_size",
+    "max_position_embeddings",
+    "mlp_bias",
+    "model_parallel_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "pad_token_id",
+    "rms_norm_eps",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "swin_norm",
+    "torch_dtype",
+    "vocab_size",
+    "z_loss_weight",
+}
 IMAGE_LAYOUT_KEYS = {
     "start_id",
     "end_id",
@@ -106,10 +133,13 @@ class LuminaMGPTConfig(PreTrainedConfig):
     def get_config_dict(cls, pretrained_model_name_or_path, **kwargs):
         """As in transformers; a published checkpoint's configuration, which says "chameleon", is translated."""
         values, kwargs = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
-        if values.get("model_type") == "chameleon":
-            kept = {name: value for name, value in values.items() if name not in CHAMELEON_ONLY}
-            values = {**kept, "model_type": cls.model_type, "residual_dropout": values.get("dropout", 0.0)}
-        return values, kwargs
+        return (cls.translated(values) if values.get("model_type") == "chameleon" else values), kwargs
+
+    @classmethod
+    def translated(cls, published: dict[str, Any]) -> dict[str, Any]:
+        """A published checkpoint's configuration in this class's words."""
+        kept = {name: value for name, value in published.items() if name in PUBLISHED_FIELDS}
+        return {**kept, "model_type": cls.model_type, "residual_dropout": published.get("dropout", 0.0)}
 
     def validate_token_ids(self):
         """Replaces a stock check, which would warn that `image_token_id` lies outside the embedding, as it should."""

@@ -3,42 +3,49 @@
     lumina-mgpt convert Alpha-VLLM/Lumina-mGPT-7B-768 lumina-mgpt-7b-768 --vq vqgan.ckpt
 
 Family, ids and shape are read off the tokenizer's names and the tensors; the source's configuration only adds what
-these cannot tell. Nothing is written before every name and shape has been checked. Weights then pass shard by shard
-through `OUT.part`, where a rerun goes on, and the folder gets its name once it is whole and has been checked.
+these cannot tell. Nothing is written before every name, shape and dtype has been checked, and of a repo the weights
+are fetched last. They then pass shard by shard through `OUT.part`, where a rerun goes on, and the folder gets its name
+once it is whole and has been checked.
 """
 
+import inspect
 import json
 import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import VQModel
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
-from transformers.dynamic_module_utils import custom_object_save
+from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from .configuration_lumina_mgpt import LuminaMGPTConfig
-from .convert_vq_checkpoint import convert_vq_state_dict
+from .convert_vq_checkpoint import DTYPES, convert_vq_state_dict, weight_faults
 from .image_processing_lumina_mgpt import LuminaMGPTImageProcessor
 from .modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from .processing_lumina_mgpt import TASKS, LuminaMGPTProcessor
 
 MAX_SHARD_BYTES = 4 * 2**30
+MAX_LAYERS = 1000  # more are a mistake, which would take long to find
 SIZE_UNIT_PX = 32
 TEXT_ROOM = 512  # tokens that a prompt may take beside a picture of the default size
 INDEX = "model.safetensors.index.json"
-WEIGHT_FILES = (INDEX, "pytorch_model.bin.index.json", "model.safetensors", "pytorch_model.bin")
+WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 SOURCE_RECORD = "source.json"  # in `OUT.part`: what its shards were made from
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP_SFT_TASKS = ("text-to-image", "complete", "caption", "vqa")
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if name != "restore" and task.num_panels == 1)
 LUMINA_2_TASKS = ("text-to-image", "complete", "pair", "panel")
@@ -58,6 +65,7 @@ class Family:
         codes_per_size_unit: codes on each side of 32 pixels.
         context: tokens that its sequences may have.
         vq_file: its VQ model as published, and where.
+        licence: of its published checkpoints, for the model card.
         generation: sampling defaults.
         round_pixels: whether its pictures' pixels are rounded or truncated to 8 bits.
     """
@@ -66,6 +74,7 @@ class Family:
     codes_per_size_unit: int
     context: int
     vq_file: tuple[str, str]
+    licence: dict[str, str]
     generation: dict[str, Any]
     round_pixels: bool = False
 
@@ -75,6 +84,7 @@ LUMINA = Family(
     codes_per_size_unit=2,
     context=4096,
     vq_file=("vqgan.ckpt", "tokenizer/ of Meta's Chameleon download"),
+    licence=CHAMELEON_LICENCE,
     generation={"guidance_scale": 4.0, "image_top_k": 2000, "text_top_k": 5},
 )
 LUMINA_2 = Family(
@@ -82,6 +92,7 @@ LUMINA_2 = Family(
     codes_per_size_unit=4,
     context=10240,
     vq_file=("movqgan_270M.ckpt", "ai-forever/MoVQGAN on the Hub"),
+    licence={"license": "apache-2.0"},
     generation={"guidance_scale": 4.0, "guidance_schedule": "decay", "image_top_k": 4096, "text_top_k": 10},
     round_pixels=True,
 )
@@ -90,6 +101,7 @@ PURE = Family(
     codes_per_size_unit=4,
     context=11776,
     vq_file=("vq_ds8_c2i.pt", "FoundationVision/LlamaGen on the Hub"),
+    licence=CHAMELEON_LICENCE,
     generation={
         "guidance_scale": 0.8,
         "image_temperature": 0.9,
@@ -106,19 +118,19 @@ class Published:
 
     Attributes:
         repo: on the Hub.
+        family: which its tokenizer must be of.
         target_px: side of the square whose area its pictures have.
         tasks: what it was trained for; None: not known.
         generation: sampling defaults that differ from the family's.
         task_templates: user turns that differ from `TASKS`.
-        licence: for the model card.
     """
 
     repo: str
+    family: Family | None
     target_px: int = 512
     tasks: tuple[str, ...] | None = FP_SFT_TASKS
     generation: dict[str, Any] = field(default_factory=dict)
     task_templates: dict[str, str] = field(default_factory=dict)
-    licence: dict[str, str] = field(default_factory=lambda: CHAMELEON_LICENCE)
 
     @property
     def name(self) -> str:
@@ -126,26 +138,34 @@ class Published:
 
 
 PUBLISHED = (
-    Published("Alpha-VLLM/Lumina-mGPT-7B-512"),
-    Published("Alpha-VLLM/Lumina-mGPT-7B-768", 768),
+    Published("Alpha-VLLM/Lumina-mGPT-7B-512", LUMINA),
+    Published("Alpha-VLLM/Lumina-mGPT-7B-768", LUMINA, 768),
     Published(
         "Alpha-VLLM/Lumina-mGPT-7B-768-Omni",
+        LUMINA,
         768,
         OMNI_TASKS,
         generation={"guidance_scale": 1.0, "image_top_k": 200},
         task_templates={"segmentation": "Segmentic segmentation. <|image|>"},  # as it was prompted
     ),
-    Published("Alpha-VLLM/Lumina-mGPT-7B-1024", 1024),
-    Published("Alpha-VLLM/Lumina-mGPT-34B-512"),
-    Published("Alpha-VLLM/Chameleon_7B_mGPT", tasks=("caption", "vqa")),
-    Published("Alpha-VLLM/Chameleon_34B_mGPT", tasks=("caption", "vqa")),
-    Published("facebook/chameleon-7b", tasks=("caption", "vqa")),
-    Published("facebook/chameleon-30b", tasks=("caption", "vqa")),
-    Published("Alpha-VLLM/Lumina-mGPT-2.0", 768, LUMINA_2_TASKS[:3], licence={"license": "apache-2.0"}),
-    Published("Alpha-VLLM/Lumina-mGPT-2.0-Omni", 768, LUMINA_2_TASKS, licence={"license": "apache-2.0"}),
-    Published("nonwhy/PURE", 512, ("restore",)),
+    Published("Alpha-VLLM/Lumina-mGPT-7B-1024", LUMINA, 1024),
+    Published("Alpha-VLLM/Lumina-mGPT-34B-512", LUMINA),
+    Published("Alpha-VLLM/Chameleon_7B_mGPT", LUMINA, tasks=("caption", "vqa")),
+    Published("Alpha-VLLM/Chameleon_34B_mGPT", LUMINA, tasks=("caption", "vqa")),
+    Published("facebook/chameleon-7b", LUMINA, tasks=("caption", "vqa")),
+    Published("facebook/chameleon-30b", LUMINA, tasks=("caption", "vqa")),
+    Published("Alpha-VLLM/Lumina-mGPT-2.0", LUMINA_2, 768, LUMINA_2_TASKS[:3]),
+    Published("Alpha-VLLM/Lumina-mGPT-2.0-Omni", LUMINA_2, 768, LUMINA_2_TASKS),
+    Published("nonwhy/PURE", PURE, 512, ("restore",)),
 )
-UNPUBLISHED = Published("", tasks=None, licence={"license": "unknown"})
+UNPUBLISHED = Published("", None, tasks=None)
+
+
+class Header(NamedTuple):
+    """What is known of a tensor before it is read; a dtype that is not accepted is its name in the file."""
+
+    shape: torch.Size
+    dtype: Any
 
 
 def convert(
@@ -165,28 +185,41 @@ def convert(
         vq: the VQ model's published file; by default looked for in `source`.
         dtype: of the decoder: "fp32", "bf16", "fp16"; None: as in `source`. The VQ model stays as it is.
         tokenizer: folder with a tokenizer, or a `text_tokenizer.json`; by default looked for in `source`.
-        name: which of `PUBLISHED` it is; by default as `source` is called. Others get their family's defaults.
+        name: which of `PUBLISHED` it is; by default the one whose repo `source` is, or whose name the folder has.
+            Others get their family's defaults.
         from_chameleon: set the head's rows of image codes to zero, to start training from Chameleon.
 
     Returns:
         What `check` found.
 
     Raises:
-        ValueError: naming every tensor that is missing, unexpected or of another shape, and every file that is
-            missing, cut short or of another kind.
+        ValueError: naming every tensor that is missing, unexpected, or of another shape or dtype, and every file that
+            is missing, cut short or of another kind.
+        OSError: naming the folder that could not be written.
     """
+    # 1. What was asked for?
     out = Path(out)
-    if out.exists():
-        raise ValueError(f"{out} exists: remove it, or name another folder")
-    part = out.with_name(f"{out.name}.part")
+    part = _part_of(out)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: accepted are {', '.join(DTYPES)}")
-    published = _published(name or Path(source).name, must_exist=name is not None)
+    published = _published(source, name)
+    vqvae = _load_vq(Path(vq)) if vq else None
+    text_tokenizer = _load_tokenizer(Path(tokenizer)) if tokenizer else None
 
-    # 1. What is it?
-    folder = _fetch(source)
-    text_tokenizer = _load_tokenizer(Path(tokenizer) if tokenizer else folder)
+    # 2. What is it?
+    folder = _fetch(source, "*.json")
+    stated = _read_json(folder / "config.json")
+    if stated.get("model_type") == LuminaMGPTConfig.model_type:
+        raise ValueError(f"{folder} is converted already: `lumina-mgpt convert --check` verifies it")
+    text_tokenizer = text_tokenizer or _load_tokenizer(folder)
     family = _family(text_tokenizer)
+    if published.family not in (None, family):
+        raise ValueError(
+            f"{source}: called {published.name}, which is {published.family.title}, yet has a tokenizer of"
+            f" {family.title}: give its true name with --name (`name`), or another one to its folder"
+        )
+    if from_chameleon and family is not LUMINA:
+        raise ValueError(f"{source}: --from-chameleon (`from_chameleon`) is not for checkpoints of {family.title}")
     processor = LuminaMGPTProcessor(
         LuminaMGPTImageProcessor(round_pixels=family.round_pixels),
         text_tokenizer,
@@ -196,15 +229,20 @@ def convert(
         task_templates=published.task_templates,
         trained_tasks=None if published.tasks is None else [*published.tasks],
     )
+    processor.vqvae = vqvae or _load_vq(_fetch(source, family.vq_file[0]) / family.vq_file[0], family)
+    _check_num_codes(processor)
+    if not any(_fetch(source, "*.safetensors").glob("*.safetensors")):
+        _fetch(source, "*.bin")
     headers = _headers(folder)
-    config = _config(
-        folder, {name: shape for shapes in headers.values() for name, shape in shapes.items()}, processor, family
+    tensors = {name: header for tensors in headers.values() for name, header in tensors.items()}
+    decoder = _decoder(folder / "config.json", _decoder_values(folder / "config.json", stated, tensors))
+    plan, config = _plan(headers, decoder), decoder.config
+    config.dtype = (
+        DTYPES[dtype] if dtype else reduce(torch.promote_types, {header.dtype for header in tensors.values()})
     )
-    config.dtype = DTYPES[dtype] if dtype else _dtype(next(iter(headers)))
-    plan = _plan(headers, config)
-    processor.vqvae = _load_vq(folder, Path(vq) if vq else None, family, len(processor.uni_rep.code_ids))
+    _settle(config, processor, family)
 
-    # 2. The weights
+    # 3. All but the weights
     zeroed = processor.uni_rep.code_ids if from_chameleon else None
     stats = {str(file.resolve()): file.stat() for file in headers}
     record = {
@@ -213,24 +251,26 @@ def convert(
         "dtype": dtype,
         "zeroed": None if zeroed is None else zeroed.tolist(),
     }
-    _open_part(part, record)
-    for number, (file, names) in enumerate(plan, 1):
-        shard = part / _shard_name(number, len(plan))
-        if not shard.exists():
-            _write_shard(shard, file, names, config, DTYPES.get(dtype or ""), zeroed)
-    _write_index(part, plan)
+    with _writing(part):
+        _open_part(part, record)
+        processor.save_pretrained(part)
+        processor.vqvae.save_pretrained(part / "vqvae")
+        del processor, vqvae  # so that only one VQ model is ever in memory
+        _generation_config(config, family, published).save_pretrained(part)
+        (part / "README.md").write_text(_card(source, family, published))
+        _save_code(part)
 
-    # 3. All else; the configuration comes last, since no loader of models takes a folder without it
-    processor.save_pretrained(part)
-    processor.vqvae.save_pretrained(part / "vqvae")
-    _generation_config(config, family, published).save_pretrained(part)
-    (part / "README.md").write_text(_card(source, family, published))
-    _save_code(part)
-    found = _check(part, config)
-    config.architectures = [LuminaMGPTForConditionalGeneration.__name__]
-    config.save_pretrained(part)
-    part.rename(out)
-    (out / SOURCE_RECORD).unlink()
+        # 4. The weights; the configuration comes last, since no loader of models takes a folder without it
+        for number, (file, names) in enumerate(plan, 1):
+            shard = part / _shard_name(number, len(plan))
+            if not shard.exists():
+                _write_shard(shard, file, names, config, DTYPES.get(dtype or ""), zeroed)
+        _write_index(part, plan)
+        found = _check(part, decoder)
+        config.architectures = [LuminaMGPTForConditionalGeneration.__name__]
+        config.save_pretrained(part)
+        part.rename(out)
+        (out / SOURCE_RECORD).unlink()
     return found
 
 
@@ -241,26 +281,33 @@ def check(folder: str | os.PathLike) -> list[str]:
         ValueError: naming what is wrong.
     """
     folder = Path(folder)
-    return _check(folder, LuminaMGPTConfig.from_pretrained(_existing(folder / "config.json").parent))
+    file = folder / "config.json"
+    values = _read_json(file)
+    if values.get("model_type") != LuminaMGPTConfig.model_type:
+        raise ValueError(f"{file}: model_type {values.get('model_type')!r}, not {LuminaMGPTConfig.model_type!r}")
+    return _check(folder, _decoder(file, values))
 
 
-def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
+def _check(folder: Path, decoder: LuminaMGPTForConditionalGeneration) -> list[str]:
+    """As `check`, apart from the configuration, which is that of the empty `decoder`."""
+    missing = [name for name in _small_files() if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder}: files are missing: {', '.join(missing)}")
+    for file in folder.glob("*.json"):
+        _read_json(file)
     headers = _headers(folder)
-    plan = _plan(headers, config)
-    found = [
-        f"{sum(len(names) for _, names in plan)} tensors in {len(headers)} files, names and shapes as they must be"
-    ]
+    num_tensors = sum(len(names) for _, names in _plan(headers, decoder))
+    found = [f"{num_tensors} tensors in {len(headers)} files, names and shapes as they must be"]
 
-    processor = LuminaMGPTProcessor.from_pretrained(folder)
-    if processor.uni_rep.layout_dict() != config.image_layout:
+    with _explained(f"{folder}: its processor does not load"):
+        processor = LuminaMGPTProcessor.from_pretrained(folder)
+    if processor.uni_rep.layout_dict() != decoder.config.image_layout:
         raise ValueError(f"{folder}: config.json has another image_layout than the tokenizer's names give")
-    num_codes = len(processor.uni_rep.code_ids)
-    found.append(f"{num_codes} image codes, {len(processor.uni_rep.size_ids)} sizes found by name")
+    num_codes, num_sizes = len(processor.uni_rep.code_ids), len(processor.uni_rep.size_ids)
+    found.append(f"{num_codes} image codes, {num_sizes} sizes found by name")
 
-    if processor.vqvae.config.num_vq_embeddings != num_codes:
-        raise ValueError(
-            f"{folder}: a VQ model of {processor.vqvae.config.num_vq_embeddings} codes for {num_codes} names"
-        )
+    with _explained(f"{folder}: its VQ model does not load"):
+        _check_num_codes(processor)
     picture = Image.linear_gradient("L").resize((2 * processor.size_unit_px,) * 2)
     codes = processor.encode_image(picture, target_px=picture.width)
     again = processor.uni_rep.decode(processor.uni_rep.encode(codes))
@@ -268,7 +315,8 @@ def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
         raise ValueError(f"{folder}: a picture does not survive the VQ model and the layout of its codes")
     found.append(f"a picture of {picture.width}x{picture.height} px became {len(codes)}x{len(codes)} codes, and back")
 
-    GenerationConfig.from_pretrained(folder)
+    with _explained(f"{folder}: its generation_config.json does not load"):
+        GenerationConfig.from_pretrained(folder)
     found.append(f"trained for {', '.join(processor.trained_tasks or ['(not stated)'])}")
     return found
 
@@ -276,36 +324,66 @@ def _check(folder: Path, config: LuminaMGPTConfig) -> list[str]:
 # What a source is
 
 
-def _published(name: str, must_exist: bool) -> Published:
-    found = next((p for p in PUBLISHED if p.name.casefold() == name.casefold()), UNPUBLISHED)
-    if must_exist and found is UNPUBLISHED:
+def _part_of(out: Path) -> Path:
+    """The folder to work in; ValueError where `out` is taken or can never be made."""
+    if os.path.lexists(out):
+        raise ValueError(f"{out} exists: remove it, or name another folder")
+    place = next(parent for parent in out.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ValueError(f"{out}: {place} is not a folder that can be written to")
+    return out.with_name(f"{out.name}.part")
+
+
+def _published(source: str | os.PathLike, name: str | None) -> Published:
+    """The one that is named, else the one whose repo `source` is or whose name the folder has."""
+    called = name or (_called(source) if Path(source).is_dir() else str(source))
+    known = {key.casefold(): p for p in PUBLISHED for key in (p.name, p.repo)}
+    if name and name.casefold() not in known:
         raise ValueError(f"name {name!r}: accepted are {', '.join(p.name for p in PUBLISHED)}")
-    return found
+    return known.get(called.casefold(), UNPUBLISHED)
 
 
-def _fetch(source: str | os.PathLike) -> Path:
-    """The folder, or a copy of the repo: its safetensors, or `.bin` files if it has none."""
+def _called(source: str | os.PathLike) -> str:
+    return Path(source).resolve().name
+
+
+def _fetch(source: str | os.PathLike, pattern: str) -> Path:
+    """The folder; or of a repo a copy, which holds the files that fit the pattern."""
     if Path(source).is_dir():
         return Path(source)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(source)):
-        raise ValueError(f"source {str(source)!r}: neither a folder nor a repo NAMESPACE/NAME")
-    folder = Path(snapshot_download(str(source), allow_patterns=["*.json", "*.safetensors"]))
-    if not any(folder.glob("*.safetensors")):
-        snapshot_download(str(source), allow_patterns=["*.bin"])
-    return folder
+    repo_id = str(source)
+    try:
+        validate_repo_id(repo_id)
+        if "/" not in repo_id or Path(source).exists():
+            raise HFValidationError("without a namespace, or a file")
+        return Path(snapshot_download(repo_id, allow_patterns=[pattern]))
+    except HFValidationError as error:
+        raise ValueError(f"source {repo_id!r}: neither a folder nor a repo NAMESPACE/NAME") from error
+    except RepositoryNotFoundError as error:
+        raise ValueError(f"source {repo_id!r}: no such folder, and no repo that you may read on the Hub") from error
 
 
 def _load_tokenizer(place: Path) -> PreTrainedTokenizerFast:
     """As it lies in a folder, or in Chameleon's own `text_tokenizer.json`."""
-    file = place / "text_tokenizer.json" if place.is_dir() else place
-    if place.is_dir() and (place / "tokenizer.json").is_file():
-        return PreTrainedTokenizerFast.from_pretrained(place)
-    if not file.is_file():
-        raise ValueError(f"{place}: no tokenizer.json and no text_tokenizer.json; give one as `tokenizer`")
-    try:
-        return PreTrainedTokenizerFast(tokenizer_file=str(file), bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    except Exception as error:  # the parser raises nothing narrower
-        raise ValueError(f"{file}: not a tokenizer: {error}") from error
+    files = [place] if place.is_file() else [place / "tokenizer.json", place / "text_tokenizer.json"]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ValueError(f"{place}: no tokenizer.json and no text_tokenizer.json; --tokenizer (`tokenizer`) names one")
+    for other in ("tokenizer_config.json", "special_tokens_map.json"):
+        if (file.parent / other).is_file():
+            _read_json(file.parent / other)
+    with _explained(f"{file}: not a tokenizer"):
+        vocab = Tokenizer.from_file(str(file)).get_vocab()
+        if file.name == "tokenizer.json":
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(file.parent)
+        else:
+            names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+            tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file), **names)
+    special = {name: getattr(tokenizer, name) for name in ("bos_token", "eos_token", "pad_token")}
+    wrong = [f"{name} {token!r}" for name, token in special.items() if token is not None and token not in vocab]
+    if wrong or not (special["bos_token"] or special["eos_token"]):
+        raise ValueError(f"{file}: not in the vocabulary: {', '.join(wrong) or 'bos_token and eos_token'}")
+    return tokenizer
 
 
 def _family(tokenizer: PreTrainedTokenizerFast) -> Family:
@@ -316,61 +394,66 @@ def _family(tokenizer: PreTrainedTokenizerFast) -> Family:
     return PURE if "IMGIMGIBJCZ" in vocab else LUMINA  # code 8192
 
 
-def _config(
-    folder: Path,
-    shapes: dict[str, tuple[int, ...]],
-    processor: LuminaMGPTProcessor,
-    family: Family,
-) -> LuminaMGPTConfig:
-    """The tensors' own numbers, the tokenizer's ids, and of the source's configuration what these leave open."""
-    uni_rep, tokenizer = processor.uni_rep, processor.tokenizer
-    given, _ = LuminaMGPTConfig.get_config_dict(_existing(folder / "config.json").parent)
-    found = _shape_values(shapes)
-    wrong = [
-        f"{name} {given[name]} (the tensors say {n})" for name, n in found.items() if given.get(name) not in (None, n)
-    ]
+def _decoder_values(file: Path, stated: dict[str, Any], tensors: dict[str, Header]) -> dict[str, Any]:
+    """The tensors' own numbers, and of the source's configuration what these leave open."""
+    given = {name: value for name, value in LuminaMGPTConfig.translated(stated).items() if value is not None}
+    found = _shape_values(tensors)
+    wrong = [f"{name} {given[name]} (the tensors say {n})" for name, n in found.items() if given.get(name, n) != n]
     if wrong:
-        raise ValueError(f"{folder / 'config.json'}: {', '.join(wrong)}")
-    side_px = processor.target_px
-    rows, cols = uni_rep.grid(side_px, side_px)
-    trained = [TASKS[name] for name in processor.trained_tasks or []]
-    num_pictures = 1 + any("image" in task.answer and task.needs_image and not task.continues for task in trained)
-    needed = max(family.context, num_pictures * uni_rep.num_tokens(rows, cols) + TEXT_ROOM)
-    num_ids = 1 + max(uni_rep.end_of_turn_id, uni_rep.start_id, *uni_rep.size_ids, int(uni_rep.code_ids.max()))
-    if num_ids > found["vocab_size"]:
-        raise ValueError(f"{folder}: an embedding of {found['vocab_size']} rows for a tokenizer with ids to {num_ids}")
-    values = {
-        **given,
-        **found,
-        "max_position_embeddings": max(needed, given.get("max_position_embeddings") or 0),
-        "bos_token_id": tokenizer.convert_tokens_to_ids(processor.bos_token),
-        "pad_token_id": tokenizer.pad_token_id,
-        "eos_token_id": uni_rep.end_id if family is LUMINA_2 else uni_rep.end_of_turn_id,
-        "image_layout": uni_rep.layout_dict(),
-        "image_token_id": processor.image_token_id,
-        "default_height_px": side_px,
-        "default_width_px": side_px,
-    }
-    return LuminaMGPTConfig.from_dict(values)
+        raise ValueError(f"{file}: {', '.join(wrong)}")
+    layers = {match[1] for name in tensors if (match := re.match(r"model\.layers\.(\d+)\.", name))}
+    # As many layers as it states, if it does: so the tensors of a lost one are named
+    return {"num_hidden_layers": len(layers), **given, **found}
 
 
-def _shape_values(shapes: dict[str, tuple[int, ...]]) -> dict[str, int]:
+def _settle(config: LuminaMGPTConfig, processor: LuminaMGPTProcessor, family: Family) -> None:
+    """Adds what tokenizer and family tell."""
+    uni_rep, tokenizer, side_px = processor.uni_rep, processor.tokenizer, processor.target_px
+    config.bos_token_id = tokenizer.convert_tokens_to_ids(processor.bos_token)
+    config.pad_token_id = tokenizer.pad_token_id
+    ids = [config.bos_token_id, config.pad_token_id or 0, uni_rep.end_of_turn_id, uni_rep.start_id, *uni_rep.size_ids]
+    if (last := max(*ids, int(uni_rep.code_ids.max()))) >= config.vocab_size:
+        raise ValueError(f"an embedding of {config.vocab_size} rows for a tokenizer with ids to {last}")
+    if (config.rope_parameters or {}).get("rope_type") == "default":  # others measure distances by the context
+        trained = [TASKS[name] for name in processor.trained_tasks or []]
+        num_pictures = 1 + any("image" in task.answer and task.needs_image and not task.continues for task in trained)
+        needed = num_pictures * uni_rep.num_tokens(*uni_rep.grid(side_px, side_px)) + TEXT_ROOM
+        config.max_position_embeddings = max(family.context, needed, config.max_position_embeddings)
+    config.eos_token_id = uni_rep.end_id if family is LUMINA_2 else uni_rep.end_of_turn_id
+    config.image_layout, config.image_token_id = uni_rep.layout_dict(), processor.image_token_id
+    config.default_height_px = config.default_width_px = side_px
+
+
+def _shape_values(tensors: dict[str, Header]) -> dict[str, int]:
     """The decoder's dimensions."""
     layer = "model.layers.0."
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.q_norm", "mlp.gate_proj")
     wanted = ["model.embed_tokens.weight", *(f"{layer}{name}.weight" for name in names)]
-    missing = [name for name in wanted if name not in shapes]
-    if missing:
-        raise ValueError(f"not a decoder of a known layout: missing {', '.join(missing)}")
-    (vocab_size, hidden_size), (q_rows, _), (k_rows, _), (*_, head_dim), (mlp_rows, _) = (shapes[n] for n in wanted)
+    faults = [f"missing {name}" for name in wanted if name not in tensors]
+    shapes = {name: tensors[name].shape for name in wanted if name in tensors}
+    faults += [f"{name} has shape {list(shape)}" for name, shape in shapes.items() if len(shape) != 2 or 0 in shape]
+    if faults:
+        raise ValueError(f"not a decoder of a known layout: {', '.join(faults)}")
+    (vocab_size, hidden_size), (q_rows, _), (k_rows, _), (_, head_dim), (mlp_rows, _) = shapes.values()
+    if q_rows != hidden_size or k_rows % head_dim or q_rows % k_rows:
+        sides = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"not a decoder of a known layout, by its shapes: {sides}")
     return {
         "vocab_size": vocab_size,
         "hidden_size": hidden_size,
         "intermediate_size": mlp_rows,
-        "num_hidden_layers": len({m[1] for name in shapes if (m := re.match(r"model\.layers\.(\d+)\.", name))}),
         "num_attention_heads": q_rows // head_dim,
         "num_key_value_heads": k_rows // head_dim,
     }
+
+
+def _decoder(file: Path, values: dict[str, Any]) -> LuminaMGPTForConditionalGeneration:
+    """The decoder that a configuration describes, without memory."""
+    with _explained(f"{file}: describes no decoder"), torch.device("meta"):
+        config = LuminaMGPTConfig.from_dict(values)
+        if config.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"num_hidden_layers {config.num_hidden_layers}")
+        return LuminaMGPTForConditionalGeneration(config)
 
 
 def _generation_config(config: LuminaMGPTConfig, family: Family, published: Published) -> GenerationConfig:
@@ -393,7 +476,10 @@ def _weight_files(folder: Path) -> list[Path]:
         raise ValueError(f"{folder}: no weights, accepted are {', '.join(WEIGHT_FILES)}{advice}")
     if first.suffix != ".json":
         return [first]
-    names = sorted(set(_read_json(first).get("weight_map", {}).values()))
+    weight_map = _read_json(first).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(Path(str(name)).name == name for name in weight_map.values()):
+        raise ValueError(f"{first}: its weight_map is no table of tensors and the files beside it")
+    names = sorted(set(weight_map.values()))
     missing = [name for name in names if not (folder / name).is_file()]
     if missing or not names:
         raise ValueError(f"{first} names files that are missing: {', '.join(missing) or 'none at all'}")
@@ -401,19 +487,24 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[tuple[dict[str, tuple[int, ...]], Callable[[str], Tensor]]]:
-    """The shapes of a file's tensors, and what reads one of them; the decoder's only."""
+def _opened(file: Path) -> Iterator[tuple[dict[str, Header], Callable[[str], Tensor]]]:
+    """The headers of a file's tensors, and what reads one of them; the decoder's only."""
     if file.suffix == ".safetensors":
         try:
             with safe_open(file, "pt") as tensors:
                 names = [name for name in tensors.keys() if not name.startswith("model.vqmodel.")]  # noqa: SIM118
-                yield {name: tuple(tensors.get_slice(name).get_shape()) for name in names}, tensors.get_tensor
+                yield {name: _header(tensors.get_slice(name)) for name in names}, tensors.get_tensor
         except SafetensorError as error:
             raise ValueError(f"{file}: damaged: {error}") from error
     else:
         state = load_pickle(file)
         names = [name for name in state if not name.startswith("model.vqmodel.")]
-        yield {name: tuple(state[name].shape) for name in names}, state.__getitem__
+        yield {name: Header(state[name].shape, state[name].dtype) for name in names}, state.__getitem__
+
+
+def _header(part) -> Header:
+    """Of a tensor in a safetensors file."""
+    return Header(torch.Size(part.get_shape()), SAFETENSORS_DTYPES.get(part.get_dtype(), part.get_dtype()))
 
 
 def load_pickle(file: Path) -> dict[str, Tensor]:
@@ -422,14 +513,11 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
     They may be nested in `state_dict` or `model`, as in the published VQ files.
     """
     options: dict[str, Any] = {"map_location": "cpu", "weights_only": True}
-    try:
+    with _explained(f"{file}: not a file of tensors, or damaged"):
         try:
             state = torch.load(file, mmap=True, **options)
         except RuntimeError:  # a file in the format from before PyTorch 1.6
             state = torch.load(file, **options)
-    except Exception as error:  # of many kinds, as the damage may be
-        what = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file}: not a file of tensors, or damaged: {what}") from error
     for key in ("state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -437,66 +525,76 @@ def load_pickle(file: Path) -> dict[str, Tensor]:
     return state
 
 
-def _dtype(file: Path) -> torch.dtype:
-    with _opened(file) as (shapes, get):
-        return get(next(iter(shapes))).dtype
-
-
-def _headers(folder: Path) -> dict[Path, dict[str, tuple[int, ...]]]:
-    """The shapes of the tensors in each of a folder's weight files."""
+def _headers(folder: Path) -> dict[Path, dict[str, Header]]:
+    """What is in each of a folder's weight files."""
     headers = {}
     for file in _weight_files(folder):
-        with _opened(file) as (shapes, _):
-            headers[file] = shapes
+        with _opened(file) as (tensors, _):
+            headers[file] = tensors
     return headers
 
 
-def _plan(headers: dict[Path, dict[str, tuple[int, ...]]], config: LuminaMGPTConfig) -> list[tuple[Path, list[str]]]:
+def _plan(
+    headers: dict[Path, dict[str, Header]], decoder: LuminaMGPTForConditionalGeneration
+) -> list[tuple[Path, list[str]]]:
     """Shards to write, each from one file; ValueError unless the files hold exactly this decoder."""
-    with torch.device("meta"):
-        wanted = {k: tuple(v.shape) for k, v in LuminaMGPTForConditionalGeneration(config).state_dict().items()}
+    wanted = decoder.state_dict()
+    given: dict[str, Header] = {}
+    places: dict[str, str] = {}
     plan: list[tuple[Path, list[str]]] = []
     faults: list[str] = []
-    seen: set[str] = set()
-    for file, shapes in headers.items():
+    for file, tensors in headers.items():
+        faults += [f"{name} is in {file.name} and in another file" for name in tensors.keys() & given.keys()]
         size = MAX_SHARD_BYTES + 1
-        faults += [f"{name} is in {file.name} and in another file" for name in shapes.keys() & seen]
-        for name, shape in shapes.items():
-            if name not in wanted:
-                faults.append(f"unexpected {name} in {file.name}")
-            elif shape != wanted[name] and not _is_sharded_norm(name, shape, wanted[name]):
-                faults.append(f"{name} has shape {list(shape)}, not {list(wanted[name])}")
-            num_bytes = 4 * torch.Size(shape).numel()
+        for name, header in tensors.items():
+            given[name] = _expanded(name, header, wanted.get(name))
+            places[name] = f"{name} in {file.name}"
+            num_bytes = 4 * header.shape.numel()
             if size + num_bytes > MAX_SHARD_BYTES:
                 plan.append((file, []))
                 size = 0
             plan[-1][1].append(name)
             size += num_bytes
-        seen |= shapes.keys()
-    faults += [f"missing {name}" for name in wanted if name not in seen]
+    faults += weight_faults(given, wanted, places.__getitem__)
     if faults:
         raise ValueError("not the weights of this decoder: " + "; ".join(faults))
     return plan
 
 
-def _is_sharded_norm(name: str, shape: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
-    """Whether a norm of queries or keys has a row for each model-parallel shard, or one for all heads."""
-    is_norm = re.search(r"\.[qk]_norm\.(weight|bias)$", name) is not None
-    rows = shape[0] if len(shape) == 2 else 1
-    return is_norm and shape[-1:] == wanted[-1:] and rows > 0 and wanted[0] % rows == 0
+def _expanded(name: str, header: Header, wanted: Tensor | None) -> Header:
+    """A norm of queries or keys as it will be, with a row for each head in place of one for each shard."""
+    if wanted is None or len(header.shape) != 2 or not re.search(r"\.[qk]_norm\.(weight|bias)$", name):
+        return header
+    num_shards, head_dim = header.shape
+    divides = num_shards > 0 and wanted.shape[0] % num_shards == 0
+    return header._replace(shape=torch.Size([wanted.shape[0], head_dim])) if divides else header
 
 
 def _open_part(part: Path, record: dict[str, Any]) -> None:
     """Makes the folder of an unfinished conversion, or makes sure that it is of this one."""
     file = part / SOURCE_RECORD
+    if os.path.lexists(part) and not part.is_dir():
+        raise ValueError(f"{part} is in the way: remove it, or name another folder to make")
     part.mkdir(parents=True, exist_ok=True)
-    if not any(part.iterdir()):
+    if not any(path.name != SOURCE_RECORD for path in part.iterdir()):  # the record itself may have been cut short
         file.write_text(json.dumps(record))
     elif not file.is_file():
         raise ValueError(f"{part} is in the way, and was not made by a conversion: name another folder to make")
     elif _read_json(file) != record:
         raise ValueError(f"{part} holds another conversion that was interrupted: remove it to start this one")
     (part / "config.json").unlink(missing_ok=True)  # what follows makes the folder anew around the shards
+
+
+@contextmanager
+def _writing(part: Path) -> Iterator[None]:
+    """Says where it was that writing failed, and makes sure that nothing which loads is left there."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:  # each library has its own for a full disk
+        (part / "config.json").unlink(missing_ok=True)
+        raise OSError(f"{part}: writing failed, a rerun goes on from there: {_in_one_line(error)}") from error
 
 
 def _shard_name(number: int, total: int) -> str:
@@ -513,13 +611,12 @@ def _write_shard(
         for name in names:
             tensor = get(name)
             if norm := re.search(r"\.([qk]_norm)\.", name):
-                tensor = tensor.reshape(-1, tensor.shape[-1])
                 tensor = tensor.repeat_interleave(heads[norm[1]] // len(tensor), 0)
             if zeroed is not None and name == "lm_head.weight":
                 tensor = tensor.index_fill(0, zeroed, 0)
             tensors[name] = tensor.to(dtype or tensor.dtype).contiguous()
-        unfinished = shard.with_suffix(".unfinished")
-        save_file(tensors, unfinished, metadata={"format": "pt"})
+    unfinished = shard.with_suffix(".unfinished")
+    save_file(tensors, unfinished, metadata={"format": "pt"})
     unfinished.rename(shard)
 
 
@@ -535,16 +632,19 @@ def _write_index(part: Path, plan: list[tuple[Path, list[str]]]) -> None:
 # The rest of the folder
 
 
-def _load_vq(folder: Path, file: Path | None, family: Family, num_names: int) -> VQModel:
-    name, place = family.vq_file
-    file = file or folder / name
+def _load_vq(file: Path, family: Family | None = None) -> VQModel:
     if not file.is_file():
-        raise ValueError(f"{file}: no such file; {family.title} needs {name} (from {place}), given as `vq`")
-    vqvae = convert_vq_state_dict(load_pickle(file))
-    num_codes = vqvae.config.num_vq_embeddings
+        name, place = family.vq_file if family else ("", "")
+        advice = f"; {family.title} needs {name} (from {place}): --vq (`vq`) names it" if family else ""
+        raise ValueError(f"{file}: no such file{advice}")
+    with _explained(str(file)):
+        return convert_vq_state_dict(load_pickle(file))
+
+
+def _check_num_codes(processor: LuminaMGPTProcessor) -> None:
+    num_codes, num_names = processor.vqvae.config.num_vq_embeddings, len(processor.uni_rep.code_ids)
     if num_codes != num_names:
-        raise ValueError(f"{file}: a VQ model of {num_codes} codes; the tokenizer has names for {num_names}")
-    return vqvae
+        raise ValueError(f"a VQ model of {num_codes} codes; the tokenizer has names for {num_names}")
 
 
 def _save_code(part: Path) -> None:
@@ -554,22 +654,52 @@ def _save_code(part: Path) -> None:
     custom_object_save(LuminaMGPTForConditionalGeneration, part)
 
 
+def _small_files() -> list[str]:
+    """What every folder holds beside its weights and its configuration."""
+    from modeling_lumina_mgpt.pipelines.pipeline_lumina_mgpt import PIPELINE_FILES
+
+    entries = [inspect.getfile(entry) for entry in (LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor)]
+    code = {Path(file).name for entry in entries for file in (entry, *get_relative_import_files(entry))}
+    values = ("model_index", "generation_config", "processor_config", "tokenizer", "tokenizer_config", "vqvae/config")
+    return [*sorted(code), *PIPELINE_FILES, *(f"{name}.json" for name in values)]
+
+
 def _card(source: str | os.PathLike, family: Family, published: Published) -> str:
     from modeling_lumina_mgpt.model_cards import converted_card
 
-    base = {"base_model": published.repo} if published.repo else {}
-    name, place = published.name or Path(source).name, published.repo or str(source)
-    return converted_card(name, place, family.title, published.licence | base, published.tasks)
+    is_local = Path(source).is_dir()
+    repo = published.repo or ("" if is_local else str(source))
+    licence = family.licence if published.repo else {"license": "unknown"}
+    return converted_card(
+        name=published.name or _called(source),
+        source=_called(source) if is_local else str(source),
+        family=family.title,
+        licence=licence | ({"base_model": repo} if repo else {}),
+        tasks=published.tasks,
+        published=published.repo,
+    )
 
 
-def _existing(file: Path) -> Path:
-    if not file.is_file():
-        raise ValueError(f"{file}: no such file")
-    return file
+@contextmanager
+def _explained(what: str) -> Iterator[None]:
+    """One sentence in place of the many kinds of errors that libraries raise for a bad file."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {_in_one_line(error)}") from error
+
+
+def _in_one_line(error: Exception) -> str:
+    return " ".join(str(error).splitlines()[:2]) or type(error).__name__
 
 
 def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise ValueError(f"{file}: no such file")
     try:
-        return json.loads(file.read_text())
+        content = json.loads(file.read_text())
     except ValueError as error:
         raise ValueError(f"{file}: not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: holds a {type(content).__name__}, not a table of names and values")
+    return content

@@ -5,12 +5,15 @@ which variant is at hand. Decoder weights need no conversion: `LuminaMGPTForCond
 """
 
 import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from diffusers import VQModel
 from torch import Tensor
 from torch.nn import functional as F
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Published names on the left: the taming-transformers spelling (Chameleon, MoVQ) or LlamaGen's.
 RENAMES = (
     (r"^encoder\.(?:down|conv_blocks)\.", "encoder.down_blocks."),
@@ -37,15 +40,20 @@ def convert_vq_state_dict(state_dict: dict[str, Tensor]) -> VQModel:
     `state_dict` holds exactly one model's tensors under their published names, none nested deeper.
 
     Raises:
-        ValueError: naming every tensor that is missing, unexpected or of another shape.
+        ValueError: naming every tensor that is missing, unexpected, or of another shape or kind.
     """
     published = {name: tensor for name, tensor in state_dict.items() if name != USAGE_COUNTER}
     num_levels = _count(published, "decoder.up")
     names = {_renamed(name, num_levels): name for name in published}
     weights = {new: _as_linear(new, published[old]) for new, old in names.items()}
-    with torch.device("meta"):
-        model = VQModel(**_config(weights))
-    _check(weights, model.state_dict(), names)
+    config = _config(weights)
+    try:
+        with torch.device("meta"):
+            model = VQModel(**config)
+    except ValueError as error:
+        raise ValueError(f"no VQ model of a known layout: {error}") from error
+    if faults := weight_faults(weights, model.state_dict(), names.__getitem__):
+        raise ValueError("not the weights of one VQ model: " + "; ".join(faults))
     if any(name.startswith("encoder.conv_blocks.") for name in published):
         # LlamaGen compares unit vectors; scaling the latent leaves the nearest of unit codes the same.
         weights["quantize.embedding.weight"] = F.normalize(weights["quantize.embedding.weight"], dim=-1)
@@ -80,6 +88,8 @@ def _config(weights: dict[str, Tensor]) -> dict:
     def shape(name: str) -> torch.Size:
         if name not in weights:
             raise ValueError(f"no VQ model of a known layout: missing {name}")
+        if not weights[name].numel() or not weights[name].ndim:
+            raise ValueError(f"no VQ model of a known layout: {name} has shape {list(weights[name].shape)}")
         return weights[name].shape
 
     num_levels = _count(weights, "encoder.down_blocks")
@@ -99,13 +109,17 @@ def _config(weights: dict[str, Tensor]) -> dict:
     }
 
 
-def _check(given: dict[str, Tensor], wanted: dict[str, Tensor], published_names: dict[str, str]) -> None:
-    faults = [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
-    faults += [f"unexpected {published_names[name]}" for name in sorted(given.keys() - wanted.keys())]
-    faults += [
-        f"{published_names[name]} has shape {list(given[name].shape)}, not {list(wanted[name].shape)}"
-        for name in sorted(given.keys() & wanted.keys())
-        if given[name].shape != wanted[name].shape
-    ]
-    if faults:
-        raise ValueError("not the weights of one VQ model: " + "; ".join(faults))
+def weight_faults(
+    given: Mapping[str, Any], wanted: Mapping[str, Tensor], named: Callable[[str], str] = str
+) -> list[str]:
+    """All that keeps weights from being a model's; each has a `shape` and a `dtype`, `named` says what to call it."""
+    faults = [f"unexpected {named(name)}" for name in sorted(given.keys() - wanted.keys())]
+    faults += [f"missing {name}" for name in sorted(wanted.keys() - given.keys())]
+    for name in sorted(given.keys() & wanted.keys()):
+        weight = given[name]
+        if weight.shape != wanted[name].shape:
+            faults.append(f"{named(name)} has shape {list(weight.shape)}, not {list(wanted[name].shape)}")
+        if weight.dtype not in DTYPES.values():
+            dtypes = ", ".join(DTYPES)
+            faults.append(f"{named(name)} has dtype {str(weight.dtype).removeprefix('torch.')}, accepted are {dtypes}")
+    return faults
