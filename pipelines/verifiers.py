@@ -138,7 +138,7 @@ class ChatPromptEnhancer:
             reason = getattr(error, "reason", error)
             kind = TimeoutError if isinstance(reason, TimeoutError) else RuntimeError
             raise kind(
-                f"{self._name} gave no answer within {self.timeout_s} s: {self._excerpt(repr(reason))}"
+                f"{self._name} gave no answer within {self.timeout_s} s: {self._excerpt(str(reason))}"
             ) from error
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             if status == 200:
