@@ -22,7 +22,7 @@ class OneLineErrors(typer.core.TyperGroup):
             return super().invoke(ctx)
         except ModuleNotFoundError as error:
             message = f"{error}; pip install 'lumina-mgpt[train]' brings what training and evaluation need"
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, ImportError, RuntimeError) as error:
             message = " ".join(str(error).split())
         typer.echo(f"Error: {message}", err=True)
         raise typer.Exit(2)
