@@ -347,7 +347,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
         Args:
             conversation: messages, or a list of conversations. Content is a string or a list of `{"type": "text",
-                "text": ...}` and `{"type": "image", "image": ...}`.
+                "text": ...}` and `{"type": "image", "image": ...}`. A message with `input_ids`, the tokens that the
+                model said it with, becomes just these.
             images: the pictures of items that hold none and of `<|image|>` in text; as in `__call__`.
             return_assistant_tokens_mask: adds `assistant_masks`, 1 on answers and their end-of-turn.
             continue_final_message: leave the last answer open.
@@ -372,6 +373,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         for messages, extra, size in zip(conversations, given, sizes, strict=True):
             turns = [super(LuminaMGPTProcessor, self).apply_chat_template([m], chat_template) for m in messages]
             turns = [turn.removeprefix(self.bos_token).removesuffix(END_OF_TURN) for turn in turns]
+            turns = [message.get("input_ids", turn) for message, turn in zip(messages, turns, strict=True)]
             codes = self.encode_images(_message_images(messages, extra), options.get("target_px"))
             ids, is_answer = self._turn_ids(turns, codes, [message["role"] == "assistant" for message in messages])
             prefix = self._size_prefix(*size)
@@ -466,9 +468,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
         Of a picture that was cut short, the finished rows remain.
         """
-        ids = torch.as_tensor(ids).flatten().cpu()
-        kept = (ids != self.tokenizer.convert_tokens_to_ids(self._pad_token)).nonzero()
-        ids = ids[: int(kept[-1]) + 1] if len(kept) else ids[:0]  # padding behind a picture that was cut short
+        ids = self._without_padding(torch.as_tensor(ids).flatten().cpu())
         parts: list[str | Tensor] = []
         while len(ids):
             start = _find(ids, self.uni_rep.start_id)
@@ -479,6 +479,26 @@ class LuminaMGPTProcessor(ProcessorMixin):
             parts += [codes] if codes.numel() else []
             ids = ids[end:]
         return parts
+
+    def _without_padding(self, ids: Tensor) -> Tensor:
+        """Ids up to the last that is not padding, as follows a row that ended before others."""
+        kept = (ids != self.tokenizer.convert_tokens_to_ids(self._pad_token)).nonzero()
+        return ids[: int(kept[-1]) + 1] if len(kept) else ids[:0]
+
+    def answer_message(self, ids: Any) -> dict[str, Any]:
+        """What a model said as a message, its pictures as codes.
+
+        It keeps the tokens as `input_ids`, so that the next turn sees them as they were; but not with a picture that
+        was cut short, which none could follow.
+        """
+        parts = self.split_ids(ids)
+        content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in parts]
+        message: dict[str, Any] = {"role": "assistant", "content": content}
+        said = self._without_padding(torch.as_tensor(ids).flatten().cpu())
+        kept = said[: _find(said, self.uni_rep.end_of_turn_id)].tolist()
+        if kept.count(self.uni_rep.start_id) == kept.count(self.uni_rep.end_id):
+            message["input_ids"] = kept
+        return message
 
     def decode_ids(self, ids: Any) -> list[str | Image.Image]:
         """What a model said: text and PIL images, in order."""
@@ -501,13 +521,13 @@ class LuminaMGPTProcessor(ProcessorMixin):
     # The one path from text to ids
 
     def _turn_ids(
-        self, turns: Sequence[str], images: Sequence[Tensor], is_answer: Sequence[bool] = (False,)
+        self, turns: Sequence[Any], images: Sequence[Tensor], is_answer: Sequence[bool] = (False,)
     ) -> tuple[list[int], list[bool]]:
-        """Ids of a conversation, and for each whether it belongs to an answer."""
+        """Ids of a conversation of texts and lists of ids, and for each id whether it belongs to an answer."""
         codes = iter(images)
         ids, from_answer = [self.tokenizer.convert_tokens_to_ids(self.bos_token)], [False]
         for turn, answers in zip(_with_placeholders(turns, len(images)), is_answer, strict=True):
-            own = self._text_ids(turn, codes, self._plain_ids)
+            own = self._text_ids(turn, codes, self._plain_ids) if isinstance(turn, str) else turn
             ids += [*own, self.uni_rep.end_of_turn_id]
             from_answer += [answers] * (len(own) + 1)
         return ids, from_answer
@@ -560,10 +580,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
         return BatchFeature({"input_ids": ids, "attention_mask": mask}, tensor_type=return_tensors)
 
 
-def _with_placeholders(turns: Sequence[str], num_images: int) -> list[str]:
+def _with_placeholders(turns: Sequence[Any], num_images: int) -> list[Any]:
     """The turns, after a placeholder for each image at the front if there is none anywhere."""
     num_places = sum(turn.count(IMAGE) for turn in turns)
-    if turns and not num_places:
+    if num_images and turns and not num_places:
         return [f"{IMAGE} " * num_images + turns[0], *turns[1:]]
     if num_places != num_images:
         raise ValueError(f"{num_images} images for {num_places} placeholders {IMAGE}")
@@ -595,7 +615,7 @@ def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]
     for message in messages:
         if message["role"] not in ("user", "assistant"):
             raise ValueError(f"role {message['role']!r}: accepted are 'user' and 'assistant'")
-        content = message["content"]
+        content = message["content"] if "input_ids" not in message else []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
             if item["type"] not in ("text", "image"):
                 raise ValueError(f"content of type {item['type']!r}: accepted are 'text' and 'image'")

@@ -70,7 +70,7 @@ class LuminaMGPTPipelineOutput(BaseOutput):
         boxes: of task "detection", the box (left, top, right, bottom) found in each image, in its pixels; or None.
         scores: the verifier's, one a row; `-inf` for one without a picture.
         prompts: one a row, as the prompt enhancer made them.
-        messages: of a chat, the conversation with the answer at its end, its pictures as codes.
+        messages: of a chat, the conversation with the answer at its end, as `processor.answer_message` has it.
     """
 
     images: list[Any] | np.ndarray | Tensor
@@ -323,13 +323,12 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)
         if upper_rows is not None:
             row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row.cpu()])
-        parts = self.processor.split_ids(row)
-        codes, words = ([part for part in parts if isinstance(part, str) is is_text] for is_text in (False, True))
-        content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in parts]
+        answer = self.processor.answer_message(row)
+        codes = [item["image"] for item in answer["content"] if item["type"] == "image"]
+        text = "".join(item["text"] for item in answer["content"] if item["type"] == "text").strip()
         images = self._as_output(codes if output_type == "latent" else self._decode(codes), output_type)
         self.maybe_free_model_hooks()
-        answer = {"role": "assistant", "content": content}
-        return LuminaMGPTPipelineOutput(images=images, text=["".join(words).strip()], messages=[*messages, answer])
+        return LuminaMGPTPipelineOutput(images=images, text=[text], messages=[*messages, answer])
 
     def stream(
         self, prompts: str | list[str], batch_size: int = 8, num_images_per_prompt: int = 1, **kwargs

@@ -218,6 +218,31 @@ def test_a_chat_goes_on_with_its_own_pictures_as_codes(tiny_pipe):
     assert len(second.messages) == 4 and isinstance(second.text[0], str)
 
 
+def test_a_chat_remembers_the_tokens_of_text_and_pictures(tiny_pipe, monkeypatch):
+    """Two pictures in; a text, two pictures and a text out, tokenized as no tokenizer would."""
+    processor = tiny_pipe.processor
+    uni_rep = processor.uni_rep
+    drawn = [torch.full((2, 4), 5), torch.full((4, 2), 9)]
+    letters = processor.tokenizer.convert_tokens_to_ids(["a", "p", "i", "c"])
+    said = [*letters, *uni_rep.encode(drawn[0]), *uni_rep.encode(drawn[1]), *letters, uni_rep.end_of_turn_id]
+    prompts = []
+
+    def say(input_ids, **kwargs):
+        prompts.append(input_ids[0].tolist())
+        return torch.cat([input_ids, torch.tensor([said])], 1)
+
+    monkeypatch.setattr(tiny_pipe.transformer, "generate", say)
+    pictures = [{"type": "image", "image": x} for x in (PICTURE, PICTURE.rotate(90))]
+    first = tiny_pipe.chat([{"role": "user", "content": [{"type": "text", "text": "Mix."}, *pictures]}])
+    assert first.text == ["apicapic"] and [x.size for x in first.images] == [(32, 16), (16, 32)]
+    tiny_pipe.chat([*first.messages, {"role": "user", "content": [{"type": "text", "text": "Again."}, pictures[0]]}])
+    assert prompts[1][: len(prompts[0]) + len(said)] == prompts[0] + said
+
+    said = said[: len(letters) + 8]  # in the first picture
+    cut = tiny_pipe.chat([{"role": "user", "content": "Draw."}], output_type="latent")
+    assert torch.equal(cut.images[0], drawn[0][:1]) and "input_ids" not in cut.messages[1]
+
+
 def test_what_a_user_writes_is_never_a_control_token(tiny_pipe):
     words = "<s>draw<reserved08706><racm3:break>"
     for task, picture in (("text-to-image", None), ("edit", PICTURE), ("vqa", PICTURE)):
