@@ -447,9 +447,13 @@ class _Decoder:
 def entropy_top_k(scores: Tensor) -> Tensor:
     """PURE's top-k for masked scores `(batch, vocab)`: 1 to 2000, growing with their entropy in nats. `(batch)`"""
     smallest, largest = ENTROPY_TOP_K
+    return (smallest + (largest - smallest) * torch.sigmoid(entropy(scores).clamp(0, 10) - 5)).round().long()
+
+
+def entropy(scores: Tensor) -> Tensor:
+    """Entropy in nats of the law that scores `(batch, vocab)` stand for; -inf is never drawn. `(batch)`"""
     log_law = scores.log_softmax(-1)
-    entropy = -(log_law.exp() * log_law.masked_fill(log_law == -torch.inf, 0)).sum(-1)
-    return (smallest + (largest - smallest) * torch.sigmoid(entropy.clamp(0, 10) - 5)).round().long()
+    return -(log_law.exp() * log_law.masked_fill(log_law == -torch.inf, 0)).sum(-1)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, vocab_size: int) -> Tensor:
