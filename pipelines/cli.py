@@ -303,6 +303,8 @@ def _draw(
         raise ValueError(str(error)) from error
     if answer.text[0]:
         typer.echo(answer.text[0])
+    if answer.scores is not None:
+        typer.echo(f"score: {answer.scores[0]:g}")
     if answer.boxes is not None:
         typer.echo(f"box (left, top, right, bottom): {answer.boxes[0] or 'none found'}")
     _save(answer.images[0], output)
