@@ -17,6 +17,7 @@ from transformers.image_utils import load_image
 
 from .uni_rep import best_bucket
 
+MAX_SIDES_RATIO = 100  # beyond it a strip of a few pixels would be blown up to gigabytes
 BOX_CONTRAST = 0.25  # change of a pixel, in [0, 1], that counts as drawn
 ACCEPTED = "a PIL image, a path, a URL, bytes, a uint8 or [0, 1] float array (numpy HWC or HW, torch CHW or HW)"
 
@@ -66,18 +67,22 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         return [Image.fromarray(v) for v in values.byte().permute(0, 2, 3, 1).cpu().numpy()]
 
     def load(self, image: Any) -> Image.Image:
-        """Any picture as PIL in RGB, transparent parts on white; ValueError for what is no picture."""
-        if isinstance(image, str) and image.startswith(("http://", "https://", "data:")):
-            image = load_image(image)
-        elif isinstance(image, str | os.PathLike | bytes):
-            image = _open(image)
-        elif isinstance(image, np.ndarray | torch.Tensor):
+        """Any picture as PIL in RGB, transparent parts on white.
+
+        ValueError for what is no picture, is damaged, or has one side over 100 times as long as the other; OSError for
+        a file that cannot be read.
+        """
+        if isinstance(image, np.ndarray | torch.Tensor):
             image = _from_array(image)
-        if not isinstance(image, Image.Image):
+        if not isinstance(image, str | os.PathLike | bytes | Image.Image):
             raise ValueError(f"an image of type {type(image).__name__}: accepted is {ACCEPTED}, or codes (rows, cols)")
-        if not image.width or not image.height:
+        image = _opened(image)
+        sides = sorted(image.size)
+        if not sides[0]:
             raise ValueError(f"an image of {image.width}x{image.height} px has no pixels")
-        image = ImageOps.exif_transpose(image)
+        if sides[1] > MAX_SIDES_RATIO * sides[0]:
+            size = f"{image.width}x{image.height}"
+            raise ValueError(f"an image of {size} px: accepted are sides of at most {MAX_SIDES_RATIO} to 1")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -274,26 +279,34 @@ def _extent_of_lines(counts: np.ndarray) -> tuple[int, int]:
 COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix}
 
 
-def _open(source: str | os.PathLike | bytes) -> Image.Image:
+def _opened(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
+    """With all pixels read and the right side up."""
     try:
-        image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
+        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
+            image = load_image(source)
+        elif isinstance(source, Image.Image):
+            image = source
+        else:
+            image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else Path(source))
         image.load()  # a file that was cut short shows only now
-        return image
-    except (FileNotFoundError, IsADirectoryError, PermissionError):
-        raise
-    except (OSError, SyntaxError) as error:
-        what = f"{len(source)} bytes" if isinstance(source, bytes) else source
-        raise ValueError(f"{what}: not a picture in a format that PIL reads") from error
+        return ImageOps.exif_transpose(image)
+    except Exception as error:  # there is no end to what decoders stumble over
+        what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(source, Image.Image):
+            raise type(error)(error.errno, error.strerror, str(source)) from error
+        reason = f": {error}" if isinstance(error, Image.DecompressionBombError) else ""
+        raise ValueError(f"{what}: not a picture in a format that PIL reads, or damaged{reason}") from error
 
 
 def _from_array(array: np.ndarray | torch.Tensor) -> Image.Image:
+    shape = tuple(array.shape)
     if isinstance(array, torch.Tensor):
         array = array.detach().cpu()
         array = array.float() if array.is_floating_point() else array  # numpy has no bfloat16
         array = (array.movedim(0, -1) if array.ndim == 3 else array).numpy()
     channels = array.shape[-1] if array.ndim == 3 else 1
-    if array.ndim not in (2, 3) or channels not in (1, 3, 4):
-        raise ValueError(f"an array of shape {array.shape}: accepted is {ACCEPTED}")
+    if array.ndim not in (2, 3) or channels not in (1, 3, 4) or not array.size:
+        raise ValueError(f"an array of shape {shape}: accepted is {ACCEPTED}")
     if np.issubdtype(array.dtype, np.floating):
         if not (array.min() >= 0 and array.max() <= 1):
             raise ValueError(f"a float array from {array.min()} to {array.max()}: accepted is [0, 1]")

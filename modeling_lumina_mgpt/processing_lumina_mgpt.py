@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import AddedToken, BatchFeature, ProcessorMixin
 
-from .uni_rep import END_OF_TURN, UniRep
+from .uni_rep import END_OF_TURN, UniRep, is_whole, whole_numbers
 
 IMAGE = "<|image|>"
 IGNORED_LABEL = -100
@@ -146,6 +146,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         task_templates: dict[str, str] | None = None,
         trained_tasks: list[str] | None = None,
     ):
+        self.uni_rep = UniRep.from_tokenizer(tokenizer, size_unit_px, codes_per_size_unit)
         if IMAGE not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(IMAGE, special=True, normalized=False)], special_tokens=True)
         super().__init__(image_processor, tokenizer, chat_template=chat_template or CHAT_TEMPLATE)
@@ -155,7 +156,6 @@ class LuminaMGPTProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(IMAGE)
         self.bos_token = tokenizer.bos_token or tokenizer.eos_token
         self._pad_token = tokenizer.pad_token or self.bos_token
-        self.uni_rep = UniRep.from_tokenizer(tokenizer, size_unit_px, codes_per_size_unit)
         self._vqvae = None
         self._source: tuple[str, dict[str, Any]] | None = None
 
@@ -169,7 +169,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """
         hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         kwargs.setdefault("trust_remote_code", cls.__module__.startswith("transformers_modules"))
-        processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        try:
+            processor = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except Exception as error:  # each of the files in it has errors of its own
+            raise OSError(f"{pretrained_model_name_or_path} holds no whole processor: {error}") from error
         processor._source = str(pretrained_model_name_or_path), hub
         return processor
 
@@ -189,6 +192,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     @vqvae.setter
     def vqvae(self, vqvae):
+        if not hasattr(vqvae, "quantize"):
+            raise ValueError(f"a VQ model of type {type(vqvae).__name__}: accepted is a diffusers.VQModel")
         px, wanted_px = 2 ** (len(vqvae.config.block_out_channels) - 1), self.size_unit_px / self.codes_per_size_unit
         if px != wanted_px:
             raise ValueError(f"a VQ model with {px} px per code: this processor's layout wants {wanted_px:g}")
@@ -228,10 +233,15 @@ class LuminaMGPTProcessor(ProcessorMixin):
         Returns:
             int64 (rows, cols) on the CPU, one a picture.
         """
+        if not isinstance(images, list | tuple):
+            raise ValueError(f"images of type {type(images).__name__}: accepted is a list of pictures")
+        code_px = self.size_unit_px // self.codes_per_size_unit
+        if size is not None and not all(is_whole(px, 1) and px % code_px == 0 for px in size):
+            raise ValueError(f"size {size}: accepted is (width_px, height_px), multiples of {code_px}")
         codes: list[Any] = [torch.as_tensor(image).long().cpu() if self.is_codes(image) else None for image in images]
         todo = [i for i, known in enumerate(codes) if known is None]
         if todo:
-            buckets = [size] if size else self.uni_rep.buckets(target_px or self.target_px)
+            buckets = [size] if size else self.uni_rep.buckets(self.target_px if target_px is None else target_px)
             source = (generator or torch.default_generator) if random_crop else None
             pictures = self.image_processor([images[i] for i in todo], buckets, source)["pixel_values"]
             for chunk in _chunks(pictures):
@@ -251,15 +261,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     def decode_images(self, codes: Sequence[Any]) -> list[Image.Image]:
         """Pictures of codes (rows, cols), which may differ in size."""
-        codes = [torch.as_tensor(grid).long() for grid in codes]
-        for grid in codes:
-            if (
-                not self.is_codes(grid)
-                or not grid.numel()
-                or grid.min() < 0
-                or grid.max() >= len(self.uni_rep.code_ids)
-            ):
-                raise ValueError(f"codes of shape {tuple(grid.shape)}: accepted is (rows, cols) of existing codes")
+        codes = [self.uni_rep.checked_codes(grid) for grid in codes]
         pictures: list[Any] = [None] * len(codes)
         for chunk in _chunks(codes, px=self.size_unit_px // self.codes_per_size_unit):
             pixels = self._decode_codes(torch.stack([codes[i] for i in chunk]))
@@ -316,7 +318,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `attention_mask`, int64 (batch, length).
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = _texts(text, "text")
         images = _images_by_text(texts, images)
         if videos is not None or audio is not None:
             raise ValueError("videos and audio are not accepted: the models read text and images")
@@ -356,15 +358,15 @@ class LuminaMGPTProcessor(ProcessorMixin):
             processor_kwargs, kwargs: `height`, `width` and `target_px`, as in `__call__`; `upper_rows`, codes
                 (rows, cols) that the picture to draw begins with, for all or one a conversation.
         """
+        is_batched = isinstance(conversation, list | tuple) and isinstance([*conversation, None][0], list | tuple)
+        conversations = conversation if is_batched else [conversation]
+        for messages in conversations:
+            _check_messages(messages)
         if not tokenize:
             return super().apply_chat_template(
                 conversation, chat_template, continue_final_message=continue_final_message, **kwargs
             )
         options = {**(processor_kwargs or {}), **kwargs}
-        is_batched = bool(conversation) and isinstance(conversation[0], list | tuple)
-        conversations = conversation if is_batched else [conversation]
-        if not all(conversations):
-            raise ValueError("an empty conversation: at least one message is needed")
         given = options.pop("images", None) if images is None else images
         given = [None] * len(conversations) if given is None else given if is_batched else [given]
         drawn = ("height", "width", "upper_rows")
@@ -403,6 +405,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         Returns:
             `input_ids` and `labels` (-100 where there is no loss), lists of the same length.
         """
+        turns = _texts(turns, "turns", accepts_one=False)
         codes = self.encode_images(_flat(images), target_px, random_crop, generator)
         ids, is_answer = self._turn_ids(turns, codes, [i % 2 == 1 for i in range(len(turns))])
         labels = [i if answers else IGNORED_LABEL for i, answers in zip(ids, is_answer, strict=True)]
@@ -410,7 +413,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     def check_task(self, task: str, allow_untrained: bool = False) -> None:
         """ValueError for a task that does not exist, or that this checkpoint was not trained for."""
-        if task not in TASKS:
+        if not isinstance(task, str) or task not in TASKS:
             raise ValueError(f"task {task!r}: accepted are {', '.join(TASKS)}")
         if not allow_untrained and self.trained_tasks is not None and task not in self.trained_tasks:
             raise ValueError(
@@ -436,12 +439,15 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """
         self.check_task(task, allow_untrained=True)
         template = self.task_templates.get(task, TASKS[task].template)
-        prompt = prompt or TASKS[task].default_prompt
+        for name, words in (("prompt", prompt), ("condition", condition)):
+            if not isinstance(words, str | None):
+                raise ValueError(f"{name} {words!r}: accepted is text")
+        prompt = prompt if prompt and not prompt.isspace() else TASKS[task].default_prompt
         if bool(prompt) != ("{prompt}" in template):
             raise ValueError(f"task {task!r} takes {'no' if prompt else 'a'} prompt")
         if bool(condition) != ("{condition}" in template):
             raise ValueError(f"task {task!r} takes {'no' if condition else 'a'} condition")
-        if height is None or width is None:
+        if self._size_prefix(height, width) == []:
             template = template.replace(" of {width}x{height}", "")
         shown = CONDITIONS.get(condition or "", condition)
         return template.format(prompt=prompt, height=height, width=width, condition=shown)
@@ -468,7 +474,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
         Of a picture that was cut short, the finished rows remain.
         """
-        ids = self._without_padding(torch.as_tensor(ids).flatten().cpu())
+        ids = self._without_padding(ids)
         parts: list[str | Tensor] = []
         while len(ids):
             start = _find(ids, self.uni_rep.start_id)
@@ -480,8 +486,12 @@ class LuminaMGPTProcessor(ProcessorMixin):
             ids = ids[end:]
         return parts
 
-    def _without_padding(self, ids: Tensor) -> Tensor:
-        """Ids up to the last that is not padding, as follows a row that ended before others."""
+    def _without_padding(self, ids: Any) -> Tensor:
+        """Ids of one row up to the last that is not padding, as follows a row that ended before others."""
+        ids = whole_numbers(ids, "ids")
+        if ids.numel() and (ids.min() < 0 or ids.ndim != 1 and len(ids) != 1):
+            raise ValueError(f"ids of shape {tuple(ids.shape)} from {ids.min()}: accepted is a row of ids from 0 on")
+        ids = ids.flatten()
         kept = (ids != self.tokenizer.convert_tokens_to_ids(self._pad_token)).nonzero()
         return ids[: int(kept[-1]) + 1] if len(kept) else ids[:0]
 
@@ -494,7 +504,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         parts = self.split_ids(ids)
         content = [{"type": "text", "text": x} if isinstance(x, str) else {"type": "image", "image": x} for x in parts]
         message: dict[str, Any] = {"role": "assistant", "content": content}
-        said = self._without_padding(torch.as_tensor(ids).flatten().cpu())
+        said = self._without_padding(ids)
         kept = said[: _find(said, self.uni_rep.end_of_turn_id)].tolist()
         if kept.count(self.uni_rep.start_id) == kept.count(self.uni_rep.end_id):
             message["input_ids"] = kept
@@ -566,6 +576,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         rows, cols = self.uni_rep.grid(height_px, width_px)
         if upper_rows is None:
             return self.uni_rep.header(rows, cols)
+        upper_rows = self.uni_rep.checked_codes(upper_rows)
         if len(upper_rows) >= rows or upper_rows.shape[1] != cols:
             raise ValueError(f"upper rows of {tuple(upper_rows.shape)} codes for a picture of {rows}x{cols}")
         return self.uni_rep.encode(upper_rows, rows).tolist()
@@ -608,17 +619,42 @@ def _images_by_text(texts: Sequence[str], images: Any) -> list[list[Any]]:
     return [list(islice(left, num)) for num in places]
 
 
+def _texts(texts: Any, name: str, accepts_one: bool = True) -> list[str]:
+    """A list of strings, at least one."""
+    found = [texts] if isinstance(texts, str) and accepts_one else texts
+    if not isinstance(found, list | tuple) or not found or not all(isinstance(text, str) for text in found):
+        raise ValueError(f"{name} {texts!r}: accepted is {'a string or ' * accepts_one}a list of strings")
+    return list(found)
+
+
+def _check_messages(messages: Any) -> None:
+    """ValueError for what is no list of messages as `apply_chat_template` has them."""
+    if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
+        raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
+    if not messages:
+        raise ValueError("an empty conversation: at least one message is needed")
+    for message in messages:
+        role, content = message.get("role"), message.get("content")
+        if role not in ("user", "assistant"):
+            raise ValueError(f"role {role!r}: accepted are 'user' and 'assistant'")
+        items = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        if not isinstance(items, list | tuple) or not all(isinstance(item, dict) for item in items):
+            raise ValueError(f"content {content!r}: accepted is text, or a list of {{'type': 'text' or 'image', ...}}")
+        for item in items:
+            if item.get("type") not in ("text", "image"):
+                raise ValueError(f"content of type {item.get('type')!r}: accepted are 'text' and 'image'")
+            if item["type"] == "text" and not isinstance(item.get("text"), str):
+                raise ValueError(f"text {item.get('text')!r} in a message: accepted is a string")
+        whole_numbers(message.get("input_ids", []), "input_ids")
+
+
 def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]:
     """The images of messages in order; those that a message only has a place for come from `given`."""
     found: list[Any] = []
     left = iter(_flat(given))
     for message in messages:
-        if message["role"] not in ("user", "assistant"):
-            raise ValueError(f"role {message['role']!r}: accepted are 'user' and 'assistant'")
         content = message["content"] if "input_ids" not in message else []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            if item["type"] not in ("text", "image"):
-                raise ValueError(f"content of type {item['type']!r}: accepted are 'text' and 'image'")
             held = [item[key] for key in ("image", "path", "url") if item.get(key) is not None]
             num_places = 1 if item["type"] == "image" else item["text"].count(IMAGE)
             found += held or islice(left, num_places)

@@ -9,6 +9,8 @@ batches, one image state per row, and never leaves the device. All ids and codes
 import re
 from dataclasses import dataclass, field, fields
 from itertools import takewhile
+from numbers import Integral
+from reprlib import repr as excerpt
 from typing import Any
 
 import torch
@@ -52,9 +54,9 @@ class ImageLayout:
     def grid(self, height_px: int, width_px: int) -> tuple[int, int]:
         """Code rows and columns of an image; ValueError for a size that has no representation."""
         for name, px in (("height", height_px), ("width", width_px)):
-            if px < 1 or px % self.size_unit_px or px > len(self.size_ids) * self.size_unit_px:
-                limit = len(self.size_ids) * self.size_unit_px
-                raise ValueError(f"{name} {px} px: accepted are multiples of {self.size_unit_px} up to {limit}")
+            limit = len(self.size_ids) * self.size_unit_px
+            if not is_whole(px, 1) or px % self.size_unit_px or px > limit:
+                raise ValueError(f"{name} {px!r} px: accepted are multiples of {self.size_unit_px} up to {limit}")
         rows, cols = (px // self.size_unit_px * self.codes_per_size_unit for px in (height_px, width_px))
         return rows, cols
 
@@ -75,8 +77,8 @@ class ImageLayout:
 
     def buckets(self, target_px: int) -> list[tuple[int, int]]:
         """Sizes `(width_px, height_px)` of about `target_px` squared pixels, widest first, aspect ratio at most 4."""
-        if target_px < self.size_unit_px or target_px % self.size_unit_px:
-            raise ValueError(f"target {target_px} px: accepted are multiples of {self.size_unit_px}")
+        if not is_whole(target_px, 1) or target_px % self.size_unit_px:
+            raise ValueError(f"target {target_px!r} px: accepted are multiples of {self.size_unit_px}")
         area = (target_px // self.size_unit_px) ** 2
         sizes, width, height = [], area, 1
         while width > 0:
@@ -178,6 +180,11 @@ class UniRep(ImageLayout):
     @classmethod
     def from_tokenizer(cls, tokenizer, size_unit_px: int = 32, codes_per_size_unit: int = 2) -> "UniRep":
         """Finds every id by its name in the tokenizer's vocabulary; ValueError naming the first one missing."""
+        if not hasattr(tokenizer, "get_vocab"):
+            raise ValueError(f"tokenizer {excerpt(tokenizer)}: accepted is a tokenizer of transformers")
+        for name, value in (("size_unit_px", size_unit_px), ("codes_per_size_unit", codes_per_size_unit)):
+            if not is_whole(value, 1):
+                raise ValueError(f"{name} {value!r}: accepted are 1, 2, 3, ...")
         vocab = tokenizer.get_vocab()
         code_ids = _code_ids(vocab)
         size_names = (f"<reserved{8800 + n:05d}>" for n in range(1, MAX_SIZE_UNITS + 1))
@@ -204,24 +211,29 @@ class UniRep(ImageLayout):
         model completes, as the lower half of a dual panel. ValueError where the grid is no multiple of the size unit,
         has no size token, or a code does not exist.
         """
-        codes = torch.as_tensor(codes).long().cpu()
-        if codes.ndim != 2 or not codes.numel():
-            raise ValueError(f"codes of shape {tuple(codes.shape)}: accepted is (rows, cols)")
-        if codes.min() < 0 or codes.max() >= len(self.code_ids):
-            raise ValueError(f"codes {codes.min()} to {codes.max()}: accepted are 0 to {len(self.code_ids) - 1}")
-        if rows and len(codes) > rows:
-            raise ValueError(f"{len(codes)} rows of codes for an image of {rows} rows")
+        codes = self.checked_codes(codes)
+        if rows is not None and not is_whole(rows, len(codes)):
+            raise ValueError(f"{len(codes)} rows of codes for an image of {rows!r} rows")
         head = self.header(rows or len(codes), codes.shape[1])
         lines = torch.nn.functional.pad(self.code_ids[codes], (0, 1), value=self.end_of_line_id)  # (rows, cols + 1)
         tail = [] if rows else [self.end_id]
         return torch.cat([torch.tensor(head), lines.flatten(), torch.tensor(tail, dtype=torch.long)])
+
+    def checked_codes(self, codes) -> Tensor:
+        """Codes as int64 (rows, cols) on the CPU; ValueError for another shape, and where a code does not exist."""
+        codes = whole_numbers(codes, "codes")
+        if codes.ndim != 2 or not codes.numel():
+            raise ValueError(f"codes of shape {tuple(codes.shape)}: accepted is (rows, cols)")
+        if codes.min() < 0 or codes.max() >= len(self.code_ids):
+            raise ValueError(f"codes {codes.min()} to {codes.max()}: accepted are 0 to {len(self.code_ids) - 1}")
+        return codes
 
     def decode(self, ids) -> Tensor:
         """Codes (rows, cols) of one image; of one that was cut short, its finished rows.
 
         ValueError that says where and what, if the ids break the layout.
         """
-        ids = torch.as_tensor(ids).long().cpu().flatten()
+        ids = whole_numbers(ids, "ids").flatten()
         sizes, step = self.size_of_id(ids[1:3]), torch.arange(len(ids))
         rows, cols = [*(sizes * self.codes_per_size_unit).tolist(), 0, 0][:2]
         wanted = self.forced_next(step, torch.full_like(step, rows), torch.full_like(step, cols))
@@ -240,6 +252,22 @@ class UniRep(ImageLayout):
         elif position >= num_tokens:
             expected = "nothing, the image has ended"
         return f"malformed image: token {int(ids[position])} at position {position}, expected {expected}"
+
+
+def is_whole(value: Any, lowest: int) -> bool:
+    """Whether a value is a whole number of at least `lowest`; True and 2.0 are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
+
+
+def whole_numbers(values: Any, name: str) -> Tensor:
+    """Ids or codes as int64 on the CPU; ValueError for what is not whole numbers, as is, not rounded."""
+    try:
+        numbers = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{name} {excerpt(values)}: accepted are whole numbers in a tensor, array or list") from error
+    if numbers.numel() and (numbers.is_floating_point() or numbers.is_complex() or numbers.dtype == torch.bool):
+        raise ValueError(f"{name} of {numbers.dtype}: accepted are whole numbers")
+    return numbers.long().cpu()
 
 
 def best_bucket(width_px: int, height_px: int, buckets: list[tuple[int, int]]) -> tuple[int, int]:
