@@ -12,6 +12,7 @@ import inspect
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ TEXT_ROOM = 512  # tokens that a prompt may take beside a picture of the default
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 SOURCE_RECORD = "source.json"  # in `OUT.part`: what its shards were made from
+UNFINISHED = '{"image_layout": {}}\n'  # a configuration that is refused; without any, some loaders take defaults
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP_SFT_TASKS = ("text-to-image", "complete", "caption", "vqa")
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if name != "restore" and task.num_panels == 1)
@@ -260,13 +262,15 @@ def convert(
         (part / "README.md").write_text(_card(source, family, published))
         _save_code(part)
 
-        # 4. The weights; the configuration comes last, since no loader of models takes a folder without it
+        # 4. The weights; the configuration comes last, since no loader takes `UNFINISHED`
         for number, (file, names) in enumerate(plan, 1):
             shard = part / _shard_name(number, len(plan))
             if not shard.exists():
                 _write_shard(shard, file, names, config, DTYPES.get(dtype or ""), zeroed)
         _write_index(part, plan)
         found = _check(part, decoder)
+        for file in part.rglob("*.safetensors"):
+            shutil.copymode(part / SOURCE_RECORD, file)  # safetensors lets only the owner read what it writes
         config.architectures = [LuminaMGPTForConditionalGeneration.__name__]
         config.save_pretrained(part)
         part.rename(out)
@@ -293,7 +297,7 @@ def _check(folder: Path, decoder: LuminaMGPTForConditionalGeneration) -> list[st
     missing = [name for name in _small_files() if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder}: files are missing: {', '.join(missing)}")
-    for file in folder.glob("*.json"):
+    for file in (folder / name for name in _small_files() if name.endswith(".json")):
         _read_json(file)
     headers = _headers(folder)
     num_tensors = sum(len(names) for _, names in _plan(headers, decoder))
@@ -571,8 +575,8 @@ def _expanded(name: str, header: Header, wanted: Tensor | None) -> Header:
 
 
 def _open_part(part: Path, record: dict[str, Any]) -> None:
-    """Makes the folder of an unfinished conversion, or makes sure that it is of this one."""
-    file = part / SOURCE_RECORD
+    """Makes the folder of an unfinished conversion; or, if it is of this one, keeps its shards and nothing else."""
+    file, num_shards = part / SOURCE_RECORD, len(record["shards"])
     if os.path.lexists(part) and not part.is_dir():
         raise ValueError(f"{part} is in the way: remove it, or name another folder to make")
     part.mkdir(parents=True, exist_ok=True)
@@ -582,7 +586,13 @@ def _open_part(part: Path, record: dict[str, Any]) -> None:
         raise ValueError(f"{part} is in the way, and was not made by a conversion: name another folder to make")
     elif _read_json(file) != record:
         raise ValueError(f"{part} holds another conversion that was interrupted: remove it to start this one")
-    (part / "config.json").unlink(missing_ok=True)  # what follows makes the folder anew around the shards
+    kept = {SOURCE_RECORD, *(_shard_name(number, num_shards) for number in range(1, num_shards + 1))}
+    for path in part.iterdir():  # the rest may be cut short, or have a temporary name
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name not in kept:
+            path.unlink()
+    (part / "config.json").write_text(UNFINISHED)
 
 
 @contextmanager
@@ -593,7 +603,8 @@ def _writing(part: Path) -> Iterator[None]:
     except ValueError:
         raise
     except Exception as error:  # each library has its own for a full disk
-        (part / "config.json").unlink(missing_ok=True)
+        if part.is_dir():
+            (part / "config.json").write_text("")  # for which there is always room
         raise OSError(f"{part}: writing failed, a rerun goes on from there: {_in_one_line(error)}") from error
 
 

@@ -1,24 +1,28 @@
 """Synthetic checkpoints as the published ones lie on the Hub: their names, files and nesting, with narrow shapes."""
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import torch
 from golden_weights import golden_tokenizer, published_decoder, published_vq
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
 from modeling_lumina_mgpt import LuminaMGPTConfig
 from modeling_lumina_mgpt.training.train_tokenizer import build_tokenizer
 
-NUM_CODES = 64
+NUM_CODES = 256  # as the golden VQ models have
 VQ_FILES = {  # model: file, key under which its tensors lie
     "chameleon": ("vqgan.ckpt", "state_dict"),
     "movq": ("movqgan_270M.ckpt", None),
     "llamagen": ("vq_ds8_c2i.pt", "model"),
 }
-FAMILIES = {  # tokenizer, its codes, VQ model; "small" is Lumina-mGPT's with few codes and no text but bytes
+FAMILIES = {  # tokenizer, its codes, VQ model; the small ones have few codes and no text but bytes
     "small": ("small", NUM_CODES, "chameleon"),
+    "small-2": ("small-2", NUM_CODES, "movq"),
     "lumina": ("tokenizer", 8192, "chameleon"),
     "lumina-2": ("tokenizer_2", 16384, "movq"),
     "pure": ("tokenizer_pure", 16384, "llamagen"),
@@ -41,20 +45,49 @@ FOREIGN = {  # what published configurations hold beside the decoder's shape; th
 
 @cache
 def tokenizer_of(name: str):
+    if not name.startswith("small"):
+        return golden_tokenizer(name)
+    tokenizer = build_tokenizer([], NUM_CODES, num_sizes=32, vocab_size=600)
     if name == "small":
-        return build_tokenizer([], NUM_CODES, num_sizes=32, vocab_size=400)
-    return golden_tokenizer(name)
+        return tokenizer
+    letters = str.maketrans("ABCDEFGHIJ", "0123456789")
+    content = tokenizer.backend_tokenizer.to_str()
+    content = re.sub("IMGIMG([A-J]+)Z", lambda match: f"<MOVQGAN{match[1].translate(letters)}>", content)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(content), eos_token="</s>")  # without BOS
 
 
-def publish(folder: Path, family: str = "small", num_files: int = 2, suffix: str = "safetensors", **values) -> Path:
-    """Writes a checkpoint; `values` go to its configuration."""
+def publish(
+    folder: Path,
+    family: str = "small",
+    num_files: int = 2,
+    suffix: str = "safetensors",
+    row_per_head: bool = False,
+    **values,
+) -> Path:
+    """Writes a checkpoint; `values` go to its configuration.
+
+    Its norms of queries and keys have a row for each model-parallel shard; in facebook's, `row_per_head`.
+    """
     name, num_codes, vq = FAMILIES[family]
     folder.mkdir()
     tokenizer_of(name).save_pretrained(folder)
-    shape = {**NARROW, "vocab_size": max(tokenizer_of(name).get_vocab().values()), **values}  # the last is <|image|>
+    shape: dict = {
+        **NARROW,
+        "vocab_size": max(tokenizer_of(name).get_vocab().values()),
+        **values,
+    }  # the last is <|image|>
     (folder / "config.json").write_text(json.dumps({**FOREIGN, **shape}))
 
     state_dict = published_decoder(LuminaMGPTConfig(**shape), seed=0, std=0.1)
+    if row_per_head:
+        heads = {
+            "q": shape["num_attention_heads"],
+            "k": shape.get("num_key_value_heads", shape["num_attention_heads"]),
+        }
+        for key in [key for key in state_dict if "_norm." in key and "self_attn" in key]:
+            state_dict[key] = state_dict[key].repeat_interleave(
+                heads[key.split(".")[-2][0]] // len(state_dict[key]), 0
+            )
     stem = "model" if suffix == "safetensors" else "pytorch_model"
     weight_map = {}
     for i in range(num_files):
@@ -68,6 +101,13 @@ def publish(folder: Path, family: str = "small", num_files: int = 2, suffix: str
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / f"{stem}.{suffix}.index.json").write_text(json.dumps(index))
 
-    (file, key), weights = VQ_FILES[vq], published_vq(vq, num_codes)
+    (file, key), weights = VQ_FILES[vq], repeated_vq(vq, num_codes)
     torch.save({key: weights} if key else weights, folder / file)
     return folder
+
+
+def repeated_vq(vq: str, num_codes: int) -> dict[str, torch.Tensor]:
+    """A golden VQ model with its codebook as often as there are codes: they are the golden ones modulo NUM_CODES."""
+    weights = published_vq(vq)
+    weights["quantize.embedding.weight"] = weights["quantize.embedding.weight"].repeat(num_codes // NUM_CODES, 1)
+    return weights
