@@ -46,7 +46,8 @@ TEXT_ROOM = 512  # tokens that a prompt may take beside a picture of the default
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 SOURCE_RECORD = "source.json"  # in `OUT.part`: what its shards were made from
-UNFINISHED = '{"image_layout": {}}\n'  # a configuration that is refused; without any, some loaders take defaults
+# A configuration that is refused: without any, some loaders take defaults.
+UNFINISHED = json.dumps({"model_type": LuminaMGPTConfig.model_type, "image_layout": {}})
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP_SFT_TASKS = ("text-to-image", "complete", "caption", "vqa")
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if name != "restore" and task.num_panels == 1)

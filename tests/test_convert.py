@@ -308,16 +308,15 @@ def remove(name):
 
 
 def edit_weights(**changes):
-    """Changes tensors of the first file; double underscores stand for dots, None removes."""
+    """Changes tensors, or removes those that become None; double underscores stand for dots."""
 
     def spoil(source):
-        file = source / "model-00001-of-00002.safetensors"
-        tensors = load_file(file)
-        for name, change in changes.items():
-            name = name.replace("__", ".")
-            tensor = change(tensors.pop(name)) if name in tensors else change(torch.zeros(2, 2))
-            tensors |= {} if tensor is None else {name: tensor.contiguous()}
-        save_file(tensors, file)
+        for file in source.glob("*.safetensors"):
+            tensors = load_file(file)
+            for name, change in changes.items():
+                if (name := name.replace("__", ".")) in tensors:
+                    tensors[name] = change(tensors[name])
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items() if tensor is not None}, file)
 
     return spoil
 
@@ -357,7 +356,7 @@ SPOILED = {
     "a lost layer": (lose_layer, "missing model.layers.1.input_layernorm.weight; missing model.layers.1.mlp"),
     "integers": (edit_weights(lm_head__weight=torch.Tensor.char), r"lm_head.weight in .* dtype I8, accepted are fp32"),
     "doubles": (edit_weights(lm_head__weight=torch.Tensor.double), "lm_head.weight in .* has dtype F64"),
-    "one side": (edit_weights(**{Q_PROJ: torch.Tensor.flatten}), r"not a decoder .* q_proj.weight has shape \[256\]"),
+    "one side": (edit_weights(**{Q_PROJ: torch.Tensor.flatten}), r"not a decoder .*q_proj.weight has shape \[256\]"),
     "no side": (edit_weights(lm_head__weight=lambda head: head[0, 0]), r"lm_head.weight in .* shape \[\], not"),
     "no rows": (edit_weights(**{EMBEDDING: lambda rows: rows[:0]}), r"embed_tokens.weight has shape \[0, 16\]"),
     "odd heads": (edit_weights(**{Q_PROJ: lambda rows: rows[:6]}), r"by its shapes: .*q_proj.weight \[6, 16\]"),
