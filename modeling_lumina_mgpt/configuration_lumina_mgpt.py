@@ -56,6 +56,18 @@ PUBLISHED_FIELDS = {
     "vocab_size",
     "z_loss_weight",
 }
+POSITIVE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "max_position_embeddings",
+    "model_parallel_size",
+    "default_height_px",
+    "default_width_px",
+)
 IMAGE_LAYOUT_KEYS = {
     "start_id",
     "end_id",
@@ -85,7 +97,8 @@ class LuminaMGPTConfig(PreTrainedConfig):
             lie outside the embedding: the model never sees it.
 
     Raises:
-        ValueError: if `image_layout` has other keys than those above.
+        ValueError: if `image_layout` has other keys than those above, a count is below 1, or heads cannot be shared
+            out evenly.
     """
 
     model_type = "lumina_mgpt"
@@ -125,6 +138,18 @@ class LuminaMGPTConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs):
         if self.num_key_value_heads is None:
             self.num_key_value_heads = self.num_attention_heads
+        for name in POSITIVE:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted are 1, 2, 3, ...")
+        shares = (
+            ("hidden_size", "num_attention_heads"),
+            ("num_attention_heads", "num_key_value_heads"),
+            ("num_key_value_heads", "model_parallel_size"),
+        )
+        for whole, part in shares:
+            if getattr(self, whole) % getattr(self, part):
+                values = getattr(self, whole), getattr(self, part)
+                raise ValueError(f"{whole} {values[0]} and {part} {values[1]}; accepted is a multiple of {part}")
         if self.image_layout is not None and set(self.image_layout) != IMAGE_LAYOUT_KEYS:
             raise ValueError(f"image_layout has keys {sorted(self.image_layout)}, not {sorted(IMAGE_LAYOUT_KEYS)}")
         super().__post_init__(**kwargs)

@@ -8,14 +8,16 @@ that a row draws the same image whatever its neighbours, its cache and its devic
 """
 
 from dataclasses import dataclass, field
+from math import isfinite
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import LongTensor, Tensor
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation import GenerateDecoderOnlyOutput
 
-from .uni_rep import ImageLayout
+from .uni_rep import ImageLayout, is_whole, whole_numbers
 
 MIN_DECAYED_SCALE = 4.0  # Lumina-mGPT 2.0 lets a decaying guidance scale fall to here
 ENTROPY_TOP_K = (1, 2000)  # the range of PURE's top-k by entropy
@@ -25,6 +27,7 @@ NO_STOCK_SEARCH = {"guidance_scale": 1.0, "num_beams": 1}  # stock's guidance ru
 NO_STOCK_WARPERS = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": None, "typical_p": 1.0}
 NO_STOCK_WARPERS |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0}
 
+LOWEST = {"guidance_scale": 0, "image_top_k": 1, "text_top_k": 1, "image_temperature": 1e-6, "text_temperature": 1e-6}
 UNSUPPORTED = ("num_beams", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "assistant_model")
 
 
@@ -44,15 +47,19 @@ class DecodingSettings:
     window: int | str = 16
 
     def __post_init__(self):
-        accepted = {"guidance_schedule": (None, "decay"), "top_k_schedule": (None, "entropy"), "decoding": ("ar",)}
+        accepted: dict[str, tuple] = {"guidance_schedule": (None, "decay"), "top_k_schedule": (None, "entropy")}
+        accepted |= {"decoding": ("ar",), "do_sample": (True, False)}
         for name, values in accepted.items():
             if getattr(self, name) not in values:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(map(repr, values))}.")
-        for name in ("image_top_k", "text_top_k", "image_temperature", "text_temperature"):
-            lowest = 1 if name.endswith("top_k") else 1e-6
+        for name, lowest in LOWEST.items():
             for value in _as_list(getattr(self, name)):
-                if not value >= lowest:
-                    raise ValueError(f"{name} is {value}; it must be at least {lowest} (do_sample=False is greedy).")
+                is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+                if not is_number or value < lowest or (name.endswith("top_k") and not is_whole(value, lowest)):
+                    kind = "whole number" if name.endswith("top_k") else "number"
+                    raise ValueError(
+                        f"{name} is {value!r}; it must be a {kind} of at least {lowest} (do_sample=False is greedy)."
+                    )
 
 
 @dataclass
@@ -188,13 +195,14 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
                 "config.image_layout is None: take it from UniRep.from_tokenizer(tokenizer).layout_dict()."
             )
         settings = self._decoding_settings(generation_config, kwargs)
-        ids = inputs if inputs is not None else kwargs.pop("input_ids", None)
-        if ids is None or ids.ndim != 2:
-            raise ValueError(
-                f"input_ids of shape {None if ids is None else tuple(ids.shape)}; accepted is (batch, length)."
-            )
-        mask = kwargs.pop("attention_mask", None)
-        mask = torch.ones_like(ids) if mask is None else mask
+        given = kwargs.pop("input_ids", None)
+        if (inputs is None) == (given is None):
+            raise ValueError(f"{'no' if given is None else 'both inputs and'} input_ids; accepted is one of them.")
+        ids, mask = self._checked_prompts(
+            given if inputs is None else inputs, kwargs.pop("attention_mask", None), "input_ids"
+        )
+        if not mask[:, -1].all():
+            raise ValueError("attention_mask ends with 0; accepted are prompts that are padded on the left.")
         if ids.device.type == "cpu" and self.device.type != "meta":
             ids, mask = ids.to(self.device), mask.to(self.device)
         wants_picture = kwargs.pop("generation_mode", None) == "image"  # says the any-to-any pipeline
@@ -205,6 +213,9 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             found = [kwargs.get(name)] + [getattr(c, name, None) for c in (generation_config, self.generation_config)]
             return next((value for value in found if value is not None), None)
 
+        for name in ("num_return_sequences", "max_new_tokens", "max_length"):
+            if asked(name) is not None and not is_whole(asked(name), 1):
+                raise ValueError(f"{name} is {asked(name)!r}; accepted are 1, 2, 3, ...")
         copies = kwargs["num_return_sequences"] = asked("num_return_sequences") or 1
         decoder = _Decoder(
             model=self,
@@ -217,14 +228,18 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         )
         padding = 0
         if negative_prompt_ids is not None:
-            ids, mask, padding = decoder.add_negative_prompt(
-                ids, mask, negative_prompt_ids, negative_prompt_attention_mask
+            negative = self._checked_prompts(
+                negative_prompt_ids, negative_prompt_attention_mask, "negative_prompt_ids"
             )
+            ids, mask, padding = decoder.add_negative_prompt(ids, mask, *negative)
         if asked("max_new_tokens") is None:
             if asked("max_length") is None:
                 kwargs["max_new_tokens"] = max(1, self.config.max_position_embeddings - int(mask.sum(1).min()))
             else:
                 kwargs["max_length"] = asked("max_length") + padding
+                if kwargs["max_length"] <= ids.shape[1]:
+                    length = ids.shape[1] - padding
+                    raise ValueError(f"max_length is {asked('max_length')}, and the prompt has {length} tokens.")
         output = super().generate(
             ids,
             generation_config,
@@ -240,8 +255,28 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         output.sequences = output.sequences[:, padding:]
         return output
 
+    def _checked_prompts(self, ids: Any, mask: Any, name: str) -> tuple[Tensor, Tensor]:
+        """Ids and mask, int64 (prompts, length); ValueError for other shapes, ids that do not exist, other masks."""
+        ids, device = whole_numbers(ids, name), getattr(ids, "device", "cpu")
+        mask = mask.long() if isinstance(mask, Tensor) and mask.dtype == torch.bool else mask
+        mask = torch.ones_like(ids) if mask is None else whole_numbers(mask, f"the mask of {name}")
+        if ids.ndim != 2 or not ids.numel():
+            raise ValueError(f"{name} of shape {tuple(ids.shape)}; accepted is (batch, length).")
+        if ids.min() < 0 or ids.max() >= self.config.vocab_size:
+            raise ValueError(
+                f"{name} are {int(ids.min())} to {int(ids.max())}; accepted are 0 to {self.config.vocab_size - 1}."
+            )
+        if mask.shape != ids.shape or not ((mask == 0) | (mask == 1)).all():
+            raise ValueError(f"the mask of {name} is {tuple(mask.shape)}; accepted are 0 and 1, {tuple(ids.shape)}.")
+        return ids.to(device), mask.to(device).long()
+
     def _decoding_settings(self, generation_config, kwargs: dict) -> DecodingSettings:
         """Takes our arguments out of `kwargs`; the others come from the generation configs, then from the defaults."""
+        if not isinstance(generation_config, GenerationConfig | None):
+            raise ValueError(f"generation_config is {generation_config!r}; accepted is a GenerationConfig.")
+        for name in ("height", "width"):
+            if getattr(generation_config, name, None) is not None:
+                raise ValueError(f"{name} is in the generation_config; accepted is the call itself.")
         for name in UNSUPPORTED:
             for value in (kwargs.pop(name, None), getattr(generation_config, name, None)):
                 if value not in (None, 0, 1):  # which switch it off
@@ -288,11 +323,10 @@ class _Decoder:
     negative: tuple[Tensor, Tensor] | None = None  # unconditional prompts: ids and mask, (prompts, length)
     _values: dict[str, Tensor] = field(default_factory=dict, init=False)
 
-    def add_negative_prompt(self, ids: Tensor, mask: Tensor, negative_ids: Tensor, negative_mask: Tensor | None):
+    def add_negative_prompt(self, ids: Tensor, mask: Tensor, negative_ids: Tensor, negative_mask: Tensor):
         """Lays each negative prompt before its row's image, or at the prompt's end; pads on the left to make room."""
         if len(negative_ids) != len(ids):
             raise ValueError(f"{len(negative_ids)} negative prompts for {len(ids)} prompts.")
-        negative_mask = torch.ones_like(negative_ids) if negative_mask is None else negative_mask
         padding = negative_ids.shape[1]
         ids, mask = (torch.nn.functional.pad(x, (padding, 0)) for x in (ids, mask))
         zeros = torch.zeros_like(ids[:, 0])
@@ -488,6 +522,8 @@ def _draw_seeds(generator, num_rows: int, device) -> Tensor:
 
 def _draw(generator: torch.Generator | None, count: int) -> Tensor:
     """`count` seeds on the CPU; a generator of another device is followed by its seed and offset, and moves on."""
+    if not isinstance(generator, torch.Generator | None):
+        raise ValueError(f"generator {generator!r}; accepted is a torch.Generator, or a list with one per row.")
     skipped, source = 0, generator
     if generator is not None and generator.device.type != "cpu":
         skipped = generator.get_offset() // 4

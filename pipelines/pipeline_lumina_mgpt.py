@@ -233,9 +233,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 the images.
         """
         # 1. One request per prompt
-        task = task or ("text-to-image" if image is None else "edit")
+        task = task if task is not None else ("text-to-image" if image is None else "edit")
         self.processor.check_task(task, allow_untrained)
         self._check_options(output_type, callback_on_step_end_tensor_inputs, task)
+        callables = {"callback_on_step_end": callback_on_step_end, "verifier": verifier}
+        for name, value in {**callables, "prompt_enhancer": prompt_enhancer}.items():
+            if value is not None and not callable(value):
+                raise ValueError(f"{name} {value!r}: accepted is something to call")
         copies = _num_copies(num_images_per_prompt, best_of, verifier)
         given = _requests(
             prompt=prompt,
@@ -313,7 +317,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with.
         """
         self._check_options(output_type, callback_on_step_end_tensor_inputs)
-        if not all(isinstance(message, dict) for message in messages):
+        if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
         begun: dict[str, Any] = {}
         if upper_rows is not None:
@@ -338,6 +342,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Further arguments are those of a call, with lists for all prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
+        if not isinstance(prompts, list | tuple) or not prompts:
+            raise ValueError(f"prompts {prompts!r}: accepted is a string or a list of strings")
+        _checked_count("batch_size", batch_size)
+        for name in kwargs.keys() & {*PER_PROMPT} - {"generator"}:
+            _one_each(kwargs[name], len(prompts), name)
         for first in range(0, len(prompts), batch_size):
             part: dict[str, Any] = {}
             for name, value in kwargs.items():
@@ -362,11 +371,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             raise ValueError(f"output_type {output_type!r}: accepted are {', '.join(OUTPUT_TYPES)}")
         if task == "segmentation" and output_type in ("np", "pt"):
             self.processor.image_processor.check_palette()
-        unknown = set(tensor_inputs) - set(self._callback_tensor_inputs)
-        if unknown:
-            raise ValueError(
-                f"callback_on_step_end_tensor_inputs {sorted(unknown)}: accepted are {self._callback_tensor_inputs}"
-            )
+        accepted = self._callback_tensor_inputs
+        if not isinstance(tensor_inputs, list | tuple) or any(name not in accepted for name in tensor_inputs):
+            raise ValueError(f"callback_on_step_end_tensor_inputs {tensor_inputs!r}: accepted are {accepted}")
 
     def _check_image(self, task: str, image: Any) -> None:
         needs_image = self.processor.tasks[task].needs_image
@@ -383,9 +390,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 request.codes = own
         for request in requests:
             if (request.height is None) != (request.width is None):
-                raise ValueError(f"height {request.height}, width {request.width}: give both or none")
+                raise ValueError(f"height {request.height!r}, width {request.width!r}: give both or none")
             if request.height is not None:
-                request.height *= asked.num_panels
+                request.height = _checked_count("height", request.height) * asked.num_panels
                 uni_rep.grid(request.height, request.width)  # raises for what cannot be drawn
             elif not follows and not (asked.continues and asked.num_panels > 1):
                 request.height, request.width = config.default_height_px, config.default_width_px
@@ -596,12 +603,18 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         source, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype
         vqvae, processor, transformer = (kwargs.pop(name, None) for name in ("vqvae", "processor", "transformer"))
         code = {"trust_remote_code": trust_remote_code, **hub}
-        if transformer is None:
-            transformer = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype or "auto", **code, **kwargs)
-        if vqvae is None:
-            vqvae = VQModel.from_pretrained(source, subfolder="vqvae", dtype=dtype, **hub).to(transformer.device)
-        if processor is None:
-            processor = AutoProcessor.from_pretrained(source, **code)
+        loading = "transformer"
+        try:
+            if transformer is None:
+                transformer = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype or "auto", **code, **kwargs)
+            loading = "vqvae"
+            if vqvae is None:
+                vqvae = VQModel.from_pretrained(source, subfolder="vqvae", dtype=dtype, **hub).to(transformer.device)
+            loading = "processor"
+            if processor is None:
+                processor = AutoProcessor.from_pretrained(source, **code)
+        except Exception as error:  # each kind of file has errors of its own
+            raise OSError(f"the {loading} of {source} cannot be loaded: {error}") from error
         return cls(transformer, vqvae, processor)
 
     def save_pretrained(
@@ -651,15 +664,20 @@ def save_pipeline_files(folder: Path) -> None:
 
 def _num_copies(num_images_per_prompt: int, best_of: int | None, verifier: Callable | None) -> int:
     """Rows to draw of each prompt."""
-    if num_images_per_prompt < 1:
-        raise ValueError(f"num_images_per_prompt {num_images_per_prompt}: accepted are 1 and more")
+    _checked_count("num_images_per_prompt", num_images_per_prompt)
     if best_of is None:
         return num_images_per_prompt
-    if best_of < num_images_per_prompt:
+    if _checked_count("best_of", best_of) < num_images_per_prompt:
         raise ValueError(f"best_of {best_of}: {num_images_per_prompt} images per prompt need at least as many")
     if verifier is None:
         raise ValueError(f"best_of {best_of} needs a verifier, such as those in `pipelines.verifiers`")
     return best_of
+
+
+def _checked_count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} {value!r}: accepted are 1 and more, whole numbers")
+    return value
 
 
 def _requests(**given: Any) -> list[Request]:
