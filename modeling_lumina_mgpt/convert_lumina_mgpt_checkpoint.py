@@ -31,6 +31,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import __version__ as transformers_version
 from transformers.dynamic_module_utils import custom_object_save, get_relative_import_files
 
 from .configuration_lumina_mgpt import LuminaMGPTConfig
@@ -46,8 +47,8 @@ TEXT_ROOM = 512  # tokens that a prompt may take beside a picture of the default
 INDEX = "model.safetensors.index.json"
 WEIGHT_FILES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 SOURCE_RECORD = "source.json"  # in `OUT.part`: what its shards were made from
-# A configuration that is refused: without any, some loaders take defaults.
-UNFINISHED = json.dumps({"model_type": LuminaMGPTConfig.model_type, "image_layout": {}})
+# A refused configuration. Without any, some loaders take defaults; without a version, they suspect the tokenizer.
+UNFINISHED = json.dumps({"image_layout": {}, "transformers_version": transformers_version})
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 FP_SFT_TASKS = ("text-to-image", "complete", "caption", "vqa")
 OMNI_TASKS = tuple(name for name, task in TASKS.items() if name != "restore" and task.num_panels == 1)
