@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -31,6 +31,7 @@ from scipy import ndimage
 from scipy.interpolate import RBFInterpolator
 from scipy.optimize import linear_sum_assignment
 from scipy.spatial import ConvexHull, QhullError, cKDTree
+from tqdm.auto import tqdm
 
 from .tabletop import (
     COLORS,
@@ -390,7 +391,7 @@ def evaluate(
     examples = held_out_examples(num_per_category, width_px, height_px, seed)
     validation = validate(examples, width_px, height_px)
     images: list[Image.Image] = []
-    for start in range(0, len(examples), batch_size):
+    for start in tqdm(range(0, len(examples), batch_size), desc="drawing"):
         batch = examples[start : start + batch_size]
         images += draw([e.caption.text for e in batch], [e.seed for e in batch])
     pictures, passed = [], []
@@ -455,25 +456,33 @@ def run_evaluation(
     seed: int = 0,
     batch_size: int = 16,
     guidance_scale: float | None = None,
+    best_of: int = 1,
 ) -> dict:
     """Scores a pipeline: prints the table, writes scores.json and contact_sheet.png.
 
     Args:
         height, width: in pixels; the model's default size if None.
         guidance_scale: the model's own, from its generation config, if None.
+        best_of: pictures drawn of each sentence, of which the judge chooses the one that counts.
     """
     config = pipe.transformer.config
     height_px, width_px = height or config.default_height_px, width or config.default_width_px
     pipe.processor.uni_rep.grid(height_px, width_px)  # raises for what cannot be drawn
     if guidance_scale is None:
         guidance_scale = pipe.transformer.generation_config.guidance_scale
-    options = {"height": height_px, "width": width_px, "guidance_scale": guidance_scale}
+    options: dict[str, Any] = {"height": height_px, "width": width_px, "guidance_scale": guidance_scale}
+    if best_of > 1:
+        from modeling_lumina_mgpt.pipelines.verifiers import TabletopVerifier  # which imports this file
+
+        options |= {"best_of": best_of, "verifier": TabletopVerifier()}
 
     def draw(sentences: list[str], seeds: list[int]) -> list[Image.Image]:
-        return pipe(sentences, generator=[torch.Generator().manual_seed(s) for s in seeds], **options).images
+        generators = [torch.Generator().manual_seed(s) for s in seeds]
+        return pipe(sentences, generator=[g for g in generators for _ in range(best_of)], **options).images
 
-    report, images = evaluate(draw, num_per_category, height_px, width_px, seed, batch_size)
-    report = {"model": config.name_or_path, "guidance_scale": guidance_scale, **report}
+    pipe.set_progress_bar_config(disable=True)  # one for each batch says little
+    report, images = evaluate(draw, num_per_category, height_px, width_px, seed, max(1, batch_size // best_of))
+    report = {"model": config.name_or_path, "guidance_scale": guidance_scale, "best_of": best_of, **report}
     print(format_report(report))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
