@@ -54,7 +54,7 @@ class DecodingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(map(repr, values))}.")
         for name, lowest in LOWEST.items():
             for value in _as_list(getattr(self, name)):
-                is_number = isinstance(value, Real) and not isinstance(value, bool) and isfinite(value)
+                is_number = not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
                 if not is_number or value < lowest or (name.endswith("top_k") and not is_whole(value, lowest)):
                     kind = "whole number" if name.endswith("top_k") else "number"
                     raise ValueError(

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 
-from .uni_rep import best_bucket
+from .uni_rep import best_bucket, is_whole
 
 MAX_SIDES_RATIO = 100  # beyond it a strip of a few pixels would be blown up to gigabytes
 BOX_CONTRAST = 0.25  # change of a pixel, in [0, 1], that counts as drawn
@@ -53,6 +53,8 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         Returns:
             `pixel_values`: list of float32 (3, height_px, width_px) in [-1, 1].
         """
+        if not buckets or not all(isinstance(b, tuple | list) and len(b) == 2 and min(b) > 0 for b in buckets):
+            raise ValueError(f"buckets {buckets!r}: accepted is a list of (width_px, height_px)")
         images = images if isinstance(images, list | tuple) else [images]
         pixels = []
         for image in map(self.load, images):
@@ -97,7 +99,7 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             For "segmentation" int64 (height, width), the nearest color's place in `palette`; ValueError without.
             For all others float32 (height, width, 3), red, green and blue in [0, 1].
         """
-        values = np.asarray(picture.convert("RGB"), np.float32) / 255
+        values = np.asarray(self.load(picture), np.float32) / 255
         if task == "depth":
             return values.mean(-1)
         if task == "normal":
@@ -109,11 +111,13 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         return values
 
     def check_palette(self) -> list[list[Any]]:
-        """`palette`; ValueError if there is none."""
+        """`palette`; ValueError if there is none, or it is no palette."""
         if not self.palette:
             raise ValueError(
                 "no palette is known to tell classes by: set `image_processor.palette` to [[name, red, green, blue]]"
             )
+        if not all(len(entry) == 4 and all(isinstance(value, int) for value in entry[1:]) for entry in self.palette):
+            raise ValueError(f"palette {self.palette}: accepted is a list of [name, red, green, blue]")
         return self.palette
 
     def find_box(self, drawn: Image.Image, source: Image.Image) -> tuple[int, int, int, int] | None:
@@ -148,7 +152,9 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         return Image.fromarray(cv2.Canny(gray, low, high)).convert("RGB")
 
     def tile(self, image: Any, side_px: int) -> "Tiling":
-        """Any picture as squares."""
+        """Any picture as squares of 8 px or more."""
+        if not is_whole(side_px, 8):
+            raise ValueError(f"side_px {side_px!r}: accepted are 8 and more")
         return Tiling(self.load(image), side_px)
 
     def fix_colors(self, picture: Image.Image, source: Image.Image, method: str) -> Image.Image:
@@ -158,13 +164,15 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
 
     def check_color_fix(self, method: str) -> None:
         """ValueError for what `fix_colors` does not know."""
-        if method not in COLOR_FIXES:
+        if not isinstance(method, str) or method not in COLOR_FIXES:
             raise ValueError(f"color fix {method!r}: accepted are {', '.join(COLOR_FIXES)}")
 
     def crop(
         self, image: Image.Image, width_px: int, height_px: int, generator: torch.Generator | None = None
     ) -> Image.Image:
         """Scales a picture until it covers the size, then cuts off what is too much."""
+        if not isinstance(generator, torch.Generator | None):
+            raise ValueError(f"generator {generator!r}: accepted is a torch.Generator")
         image = self.resize_to_cover(image, width_px, height_px)
         margins = image.width - width_px, image.height - height_px
         if generator is None:

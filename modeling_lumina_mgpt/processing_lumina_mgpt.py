@@ -23,6 +23,7 @@ from .uni_rep import END_OF_TURN, UniRep, is_whole, whole_numbers
 IMAGE = "<|image|>"
 IGNORED_LABEL = -100
 CHUNK_PX = 1024**2  # the VQ model sees at most this many pixels at a time, or one picture
+TEMPLATE_OPTIONS = {"height", "width", "upper_rows", "target_px"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 # One space between a picture and its neighbours; an end-of-turn after each turn; no role words.
@@ -236,8 +237,9 @@ class LuminaMGPTProcessor(ProcessorMixin):
         if not isinstance(images, list | tuple):
             raise ValueError(f"images of type {type(images).__name__}: accepted is a list of pictures")
         code_px = self.size_unit_px // self.codes_per_size_unit
-        if size is not None and not all(is_whole(px, 1) and px % code_px == 0 for px in size):
-            raise ValueError(f"size {size}: accepted is (width_px, height_px), multiples of {code_px}")
+        is_size = isinstance(size, list | tuple) and len(size) == 2
+        if size is not None and not (is_size and all(is_whole(px, 1) and px % code_px == 0 for px in size)):
+            raise ValueError(f"size {size!r}: accepted is (width_px, height_px), multiples of {code_px}")
         codes: list[Any] = [torch.as_tensor(image).long().cpu() if self.is_codes(image) else None for image in images]
         todo = [i for i, known in enumerate(codes) if known is None]
         if todo:
@@ -261,6 +263,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     def decode_images(self, codes: Sequence[Any]) -> list[Image.Image]:
         """Pictures of codes (rows, cols), which may differ in size."""
+        if not isinstance(codes, list | tuple | Tensor | np.ndarray):
+            raise ValueError(f"codes {codes!r}: accepted is a list with (rows, cols) of each picture")
         codes = [self.uni_rep.checked_codes(grid) for grid in codes]
         pictures: list[Any] = [None] * len(codes)
         for chunk in _chunks(codes, px=self.size_unit_px // self.codes_per_size_unit):
@@ -368,6 +372,9 @@ class LuminaMGPTProcessor(ProcessorMixin):
             )
         options = {**(processor_kwargs or {}), **kwargs}
         given = options.pop("images", None) if images is None else images
+        unknown = {name for name, value in options.items() if value is not None} - TEMPLATE_OPTIONS
+        if unknown:
+            raise ValueError(f"{', '.join(sorted(unknown))}: accepted are {', '.join(sorted(TEMPLATE_OPTIONS))}")
         given = [None] * len(conversations) if given is None else given if is_batched else [given]
         drawn = ("height", "width", "upper_rows")
         sizes = zip(*(_per_text(options.get(name), name, len(conversations)) for name in drawn), strict=True)
@@ -489,7 +496,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
     def _without_padding(self, ids: Any) -> Tensor:
         """Ids of one row up to the last that is not padding, as follows a row that ended before others."""
         ids = whole_numbers(ids, "ids")
-        if ids.numel() and (ids.min() < 0 or ids.ndim != 1 and len(ids) != 1):
+        if ids.numel() and (ids.min() < 0 or (ids.ndim != 1 and len(ids) != 1)):
             raise ValueError(f"ids of shape {tuple(ids.shape)} from {ids.min()}: accepted is a row of ids from 0 on")
         ids = ids.flatten()
         kept = (ids != self.tokenizer.convert_tokens_to_ids(self._pad_token)).nonzero()
@@ -584,6 +591,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
     def _batch(
         self, rows: list[list[int]], return_tensors: str | None, padding: bool = True, pad_id: int | None = None
     ) -> BatchFeature:
+        if return_tensors not in (None, "pt", "np"):
+            raise ValueError(f"return_tensors {return_tensors!r}: accepted are None, 'pt' and 'np'")
+        if return_tensors and not padding and len({len(row) for row in rows}) > 1:
+            raise ValueError(f"padding {padding}: rows of different lengths need return_tensors=None")
         pad_id = self.tokenizer.convert_tokens_to_ids(self._pad_token) if pad_id is None else pad_id
         missing = [max(map(len, rows)) - len(row) if padding else 0 for row in rows]
         ids = [[pad_id] * num + row for num, row in zip(missing, rows, strict=True)]

@@ -254,9 +254,9 @@ class UniRep(ImageLayout):
         return f"malformed image: token {int(ids[position])} at position {position}, expected {expected}"
 
 
-def is_whole(value: Any, lowest: int) -> bool:
+def is_whole(value: Any, lowest: float) -> bool:
     """Whether a value is a whole number of at least `lowest`; True and 2.0 are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool) and int(value) >= lowest
+    return not isinstance(value, bool) and isinstance(value, Integral) and int(value) >= lowest
 
 
 def whole_numbers(values: Any, name: str) -> Tensor:

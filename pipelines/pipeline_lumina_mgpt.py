@@ -7,6 +7,7 @@ carries this file beside the model's, so it imports no sibling: the processor kn
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -56,6 +57,12 @@ MODEL_INDEX = {
 }
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
+    "num_return_sequences": "accepted is num_images_per_prompt, and a chat has one answer",
+    "return_dict_in_generate": "accepted is output_type",
+    "input_ids": "accepted is a prompt",
+    "attention_mask": "accepted is a prompt",
+}
 PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "guidance_scale", "generator")
 
 
@@ -155,6 +162,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def __init__(self, transformer: PreTrainedModel, vqvae: VQModel, processor: ProcessorMixin):
         super().__init__()
+        if not hasattr(processor, "uni_rep"):
+            raise ValueError(f"processor {processor!r}: accepted is a LuminaMGPTProcessor")
         processor.vqvae = vqvae
         self.register_modules(transformer=transformer, vqvae=vqvae, processor=processor)
         self._interrupt = False
@@ -235,7 +244,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         # 1. One request per prompt
         task = task if task is not None else ("text-to-image" if image is None else "edit")
         self.processor.check_task(task, allow_untrained)
-        self._check_options(output_type, callback_on_step_end_tensor_inputs, task)
+        self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs, task)
+        if color_fix is not None:
+            self.processor.image_processor.check_color_fix(color_fix)
         callables = {"callback_on_step_end": callback_on_step_end, "verifier": verifier}
         for name, value in {**callables, "prompt_enhancer": prompt_enhancer}.items():
             if value is not None and not callable(value):
@@ -254,7 +265,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             self._check_image(task, request.image)
             if prompt_enhancer is not None and request.prompt:
                 request.words = _enhanced(prompt_enhancer, request.prompt)
-        tilings = self._tilings(given, color_fix, output_type) if task == "restore" else []
+        tilings = self._tilings(given, output_type) if task == "restore" else []
         requests, generator = _one_per_square(given, tilings, generator, copies) if tilings else (given, generator)
         self._encode_images(task, requests)
 
@@ -316,7 +327,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Returns:
             `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with.
         """
-        self._check_options(output_type, callback_on_step_end_tensor_inputs)
+        self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs)
         if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
             raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
         begun: dict[str, Any] = {}
@@ -324,6 +335,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             begun = {"upper_rows": upper_rows, **{name: generate_kwargs.get(name) for name in ("height", "width")}}
         inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **begun)
         inputs = inputs.to(self._execution_device)
+        generate_kwargs["num_return_sequences"] = 1
         (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)
         if upper_rows is not None:
             row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row.cpu()])
@@ -347,6 +359,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         _checked_count("batch_size", batch_size)
         for name in kwargs.keys() & {*PER_PROMPT} - {"generator"}:
             _one_each(kwargs[name], len(prompts), name)
+        num_rows = len(prompts) * _num_copies(num_images_per_prompt, kwargs.get("best_of"), kwargs.get("verifier"))
+        if isinstance(kwargs.get("generator"), list | tuple) and len(kwargs["generator"]) != num_rows:
+            raise ValueError(f"{len(kwargs['generator'])} generators for {num_rows} rows")
         for first in range(0, len(prompts), batch_size):
             part: dict[str, Any] = {}
             for name, value in kwargs.items():
@@ -366,7 +381,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     # The steps of a call
 
-    def _check_options(self, output_type: str, tensor_inputs: list[str], task: str = "") -> None:
+    def _check_options(
+        self, output_type: str, tensor_inputs: list[str], generate_kwargs: dict[str, Any], task: str = ""
+    ) -> None:
         if output_type not in OUTPUT_TYPES:
             raise ValueError(f"output_type {output_type!r}: accepted are {', '.join(OUTPUT_TYPES)}")
         if task == "segmentation" and output_type in ("np", "pt"):
@@ -374,6 +391,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         accepted = self._callback_tensor_inputs
         if not isinstance(tensor_inputs, list | tuple) or any(name not in accepted for name in tensor_inputs):
             raise ValueError(f"callback_on_step_end_tensor_inputs {tensor_inputs!r}: accepted are {accepted}")
+        for name, instead in OWN_ARGUMENTS.items():
+            if name in generate_kwargs:
+                raise ValueError(f"{name} {generate_kwargs[name]!r}: the pipeline sets it; {instead}")
+        if not isinstance(generate_kwargs.get("stopping_criteria", []), list):
+            raise ValueError(f"stopping_criteria {generate_kwargs['stopping_criteria']!r}: accepted is a list")
 
     def _check_image(self, task: str, image: Any) -> None:
         needs_image = self.processor.tasks[task].needs_image
@@ -387,6 +409,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         if follows:
             codes = self.processor.encode_images([request.image for request in requests])
             for request, own in zip(requests, codes, strict=True):
+                uni_rep.header(*own.shape)  # raises for what cannot be written
                 request.codes = own
         for request in requests:
             if (request.height is None) != (request.width is None):
@@ -443,6 +466,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def _encode_negative_prompts(self, task: str, requests: list[Request]) -> dict[str, Tensor]:
         """What `generate` takes as negative prompts; nothing is seen of those that are empty."""
+        for request in requests:
+            if not isinstance(request.negative_prompt, str | None):
+                raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
         negatives = [replace(request, words=request.negative_prompt) for request in requests]
         inputs = self._encode_prompts(task, negatives, with_upper_rows=False)
         is_given = torch.tensor([[bool(r.negative_prompt)] for r in requests], device=self._execution_device)
@@ -458,13 +484,14 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         with self.progress_bar(total=self._num_steps(prompt_length, **kwargs)) as bar:
             watcher = StepWatcher(self, bar, callback, tensor_inputs)
             criteria = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), watcher])
-            ids = self.transformer.generate(**inputs, stopping_criteria=criteria, **kwargs)
+            kwargs |= {"stopping_criteria": criteria, "return_dict_in_generate": False}
+            ids = self.transformer.generate(**inputs, **kwargs)
         return ids[:, prompt_length:]
 
     def _num_steps(self, prompt_length: int, height=None, width=None, max_new_tokens=None, **kwargs) -> int:
         """At most so many tokens are drawn."""
         sizes = [
-            (h, w) for h, w in zip(*(x if isinstance(x, list) else [x] for x in (height, width)), strict=True) if h
+            (h, w) for h, w in zip(*(x if isinstance(x, list) else [x] for x in (height, width)), strict=False) if h
         ]
         if sizes and "eos_token_id" in kwargs:
             return max(self.processor.uni_rep.num_tokens(*self.processor.uni_rep.grid(h, w)) for h, w in sizes)
@@ -553,15 +580,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     # Restoration of pictures of any size
 
-    def _tilings(self, requests: list[Request], color_fix: str | None, output_type: str) -> list:
+    def _tilings(self, requests: list[Request], output_type: str) -> list:
         """The pictures to restore, as squares that the model can take."""
         image_processor, side_px = self.processor.image_processor, self.processor.target_px
         if any(request.height is not None or request.width is not None for request in requests):
             raise ValueError("task 'restore' takes no height and width: a picture keeps its own shape")
         if output_type == "latent":
             raise ValueError("output_type 'latent': restored pictures are put together from pixels")
-        if color_fix is not None:
-            image_processor.check_color_fix(color_fix)
         images = [request.image for request in requests]
         pictures = [self.processor.decode_image(x) if self.processor.is_codes(x) else x for x in images]
         return [image_processor.tile(picture, side_px) for picture in pictures]
@@ -601,6 +626,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         source, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype
+        if not isinstance(pretrained_model_name_or_path, str | Path) or Path(source).is_file():
+            raise ValueError(f"{source}: accepted is a folder, or a repo NAMESPACE/NAME")
         vqvae, processor, transformer = (kwargs.pop(name, None) for name in ("vqvae", "processor", "transformer"))
         code = {"trust_remote_code": trust_remote_code, **hub}
         loading = "transformer"
@@ -640,7 +667,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             raise ValueError(
                 f"safe_serialization={safe_serialization}, variant={variant!r}: accepted are True and None"
             )
+        if not re.fullmatch(r"\d+ ?([KMGT]?B)?", str(max_shard_size).upper()):
+            raise ValueError(f"max_shard_size {max_shard_size!r}: accepted are bytes, or text such as '5GB'")
         folder = Path(save_directory)
+        if folder.is_file():
+            raise ValueError(f"{folder} is a file: accepted is a folder")
         for path in (*folder.glob("*.py"), *folder.glob("*/root_*.py")):
             if path.is_symlink():
                 path.unlink()  # or the copies below would be written through it
