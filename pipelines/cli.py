@@ -20,6 +20,9 @@ class OneLineErrors(typer.core.TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except typer.exceptions.TyperException as error:
+            where = getattr(error, "ctx", None) or ctx
+            message = f"{error.format_message()} ({where.command_path} --help shows what is accepted)"
         except ModuleNotFoundError as error:
             message = f"{error}; pip install 'lumina-mgpt[train]' brings what training and evaluation need"
         except (ValueError, OSError, ImportError, RuntimeError) as error:
@@ -37,12 +40,13 @@ app = typer.Typer(
     help="Pictures and text with Lumina-mGPT, Lumina-mGPT 2.0 and PURE.",
 )
 
+MAX_SEED = 2**64 - 1
 Prompt = Annotated[str, typer.Argument(help="What to draw.")]
 ImageFile = Annotated[Path, typer.Argument(help="The picture to start from.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")]
 Model = Annotated[str | None, typer.Option(help="Folder or repo; the small model that comes along if not given.")]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 112x80.")]
-Seed = Annotated[int | None, typer.Option(help="The same seed draws the same picture.")]
+Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="The same seed draws the same picture.")]
 Guidance = Annotated[float | None, typer.Option(help="How much the words count; 1 is without guidance.")]
 AllowUntrained = Annotated[bool, typer.Option("--allow-untrained", help="Try what the model was not trained for.")]
 BestOf = Annotated[int | None, typer.Option(min=1, help="Draw so many, keep the one that the verifier likes best.")]
@@ -190,7 +194,7 @@ def train(recipe: Annotated[Path, typer.Argument(help="A YAML file, as in traini
 
     try:
         values = yaml.safe_load(recipe.read_text())
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{recipe} is not YAML: {error}") from error
     trainer = values.pop("trainer", "sft") if isinstance(values, dict) else None
     if trainer == "vq":
@@ -254,7 +258,7 @@ def inspect(
         "inspection"
     ),
     size: Size = None,
-    seed: Annotated[int, typer.Option(help="Chooses the picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the picture.")] = 0,
     model: Model = None,
 ):
     """Draw what the model attends to, how sure it is of each code, and what its settings do."""
