@@ -8,7 +8,6 @@ that a row draws the same image whatever its neighbours, its cache and its devic
 """
 
 from dataclasses import dataclass, field
-from math import isfinite
 from numbers import Real
 from typing import Any
 
@@ -54,7 +53,7 @@ class DecodingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(map(repr, values))}.")
         for name, lowest in LOWEST.items():
             for value in _as_list(getattr(self, name)):
-                is_number = not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
+                is_number = not isinstance(value, bool) and isinstance(value, Real) and abs(value) < 2**31  # nor nan
                 if not is_number or value < lowest or (name.endswith("top_k") and not is_whole(value, lowest)):
                     kind = "whole number" if name.endswith("top_k") else "number"
                     raise ValueError(
@@ -216,6 +215,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         for name in ("num_return_sequences", "max_new_tokens", "max_length"):
             if asked(name) is not None and not is_whole(asked(name), 1):
                 raise ValueError(f"{name} is {asked(name)!r}; accepted are 1, 2, 3, ...")
+        if asked("eos_token_id") is not None:
+            whole_numbers(asked("eos_token_id"), "eos_token_id")
         copies = kwargs["num_return_sequences"] = asked("num_return_sequences") or 1
         decoder = _Decoder(
             model=self,

@@ -267,6 +267,8 @@ def _wavelet_bands(x: torch.Tensor, num_levels: int = 5) -> tuple[torch.Tensor, 
 
 def _two_of_a_size(*pictures: Image.Image) -> list[torch.Tensor]:
     """Float32 (3, height, width) in [0, 1] of each."""
+    if not all(isinstance(picture, Image.Image) for picture in pictures):
+        raise ValueError(f"pictures {pictures!r}: accepted are two PIL images")
     if len({picture.size for picture in pictures}) > 1:
         raise ValueError(
             f"pictures of {' and '.join(map(str, (p.size for p in pictures)))}: accepted are two of one size"

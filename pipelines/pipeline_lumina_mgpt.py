@@ -11,6 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -263,6 +264,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         )
         for request in given:
             self._check_image(task, request.image)
+            if not isinstance(request.negative_prompt, str | None):
+                raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
             if prompt_enhancer is not None and request.prompt:
                 request.words = _enhanced(prompt_enhancer, request.prompt)
         tilings = self._tilings(given, output_type) if task == "restore" else []
@@ -367,7 +370,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             for name, value in kwargs.items():
                 copies = (kwargs.get("best_of") or num_images_per_prompt) if name == "generator" else 1
                 own = slice(first * copies, (first + batch_size) * copies)
-                part[name] = value[own] if isinstance(value, list) and name in PER_PROMPT else value
+                part[name] = value[own] if isinstance(value, list | tuple) and name in PER_PROMPT else value
             batch = prompts[first : first + batch_size]
             output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
             for i in range(len(batch)):
@@ -466,9 +469,6 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def _encode_negative_prompts(self, task: str, requests: list[Request]) -> dict[str, Tensor]:
         """What `generate` takes as negative prompts; nothing is seen of those that are empty."""
-        for request in requests:
-            if not isinstance(request.negative_prompt, str | None):
-                raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
         negatives = [replace(request, words=request.negative_prompt) for request in requests]
         inputs = self._encode_prompts(task, negatives, with_upper_rows=False)
         is_given = torch.tensor([[bool(r.negative_prompt)] for r in requests], device=self._execution_device)
@@ -706,9 +706,9 @@ def _num_copies(num_images_per_prompt: int, best_of: int | None, verifier: Calla
 
 
 def _checked_count(name: str, value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1:
         raise ValueError(f"{name} {value!r}: accepted are 1 and more, whole numbers")
-    return value
+    return int(value)
 
 
 def _requests(**given: Any) -> list[Request]:

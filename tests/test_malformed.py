@@ -172,6 +172,10 @@ IMAGE_PROCESSOR = {
         lambda k: k.pictures.find_box(PICTURE, PICTURE.resize((9, 9))),
         r"\(64, 48\) and \(9, 9\): accepted are two of one size",
     ),
+    "a box in nothing": (
+        lambda k: k.pictures.find_box(None, PICTURE),
+        "pictures .None, .*accepted are two PIL images",
+    ),
     "edges of nothing": (lambda k: k.pictures.canny(None), "of type NoneType: accepted is"),
     "colors by sepia": (
         lambda k: k.pictures.fix_colors(PICTURE, PICTURE, "sepia"),
@@ -384,6 +388,12 @@ GENERATE = {
     ),
     "a top_k of 0": (lambda k: k.generate(top_k=0), "image_top_k is 0; it must be a whole number of at least 1"),
     "a float top_k": (lambda k: k.generate(image_top_k=2.5), "image_top_k is 2.5; it must be a whole number"),
+    "a huge top_k": (lambda k: k.generate(top_k=10**30), "image_top_k is 1000.*; it must be a whole number"),
+    "a float for an end": (
+        lambda k: k.generate(eos_token_id=1.5),
+        "eos_token_id of torch.float32: accepted are whole",
+    ),
+    "a text for an end": (lambda k: k.generate(eos_token_id="end"), "eos_token_id 'end': accepted are whole numbers"),
     "True as a top_k": (lambda k: k.generate(image_top_k=True), "image_top_k is True; it must be a whole number"),
     "a top_k in text": (lambda k: k.generate(text_top_k="5"), "text_top_k is '5'; it must be a whole number"),
     "top_ks of other prompts": (lambda k: k.generate(image_top_k=[5, 5]), "image_top_k has 2 values for 1 prompts"),
@@ -463,6 +473,7 @@ PIPELINE = {
         lambda k: k.pipe("a", negative_prompt=5),
         "negative_prompt 5: accepted is text",
     ),
+    "0 for a negative prompt": (lambda k: k.pipe("a", negative_prompt=0), "negative_prompt 0: accepted is text"),
     "negative prompts of others": (lambda k: k.pipe("a", negative_prompt=["b"] * 2), "2 values for 1 prompts"),
     "an unknown task": (lambda k: k.pipe("a", task="etch"), "task 'etch': accepted are text-to-image"),
     "an empty task": (lambda k: k.pipe("a", task=""), "task '': accepted are text-to-image"),
