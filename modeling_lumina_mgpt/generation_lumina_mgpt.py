@@ -53,7 +53,7 @@ class DecodingSettings:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; accepted are {', '.join(map(repr, values))}.")
         for name, lowest in LOWEST.items():
             for value in _as_list(getattr(self, name)):
-                is_number = not isinstance(value, bool) and isinstance(value, Real) and abs(value) < 2**31  # nor nan
+                is_number = not isinstance(value, bool) and isinstance(value, Real) and bool(value < 2**31)  # nor nan
                 if not is_number or value < lowest or (name.endswith("top_k") and not is_whole(value, lowest)):
                     kind = "whole number" if name.endswith("top_k") else "number"
                     raise ValueError(
