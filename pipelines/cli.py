@@ -219,12 +219,13 @@ def evaluate(
     size: Size = None,
     seed: Annotated[int, typer.Option(help="Chooses the sentences.")] = 0,
     guidance_scale: Guidance = None,
+    best_of: Annotated[int, typer.Option(min=1, help="Pictures of each sentence; the best one counts.")] = 1,
     model: Model = None,
 ):
     """Draw held-out sentences of the Tabletop world and judge the pictures."""
     from modeling_lumina_mgpt.training.evaluate import run_evaluation
 
-    options: dict[str, Any] = {"seed": seed, "guidance_scale": guidance_scale, **_size(size)}
+    options: dict[str, Any] = {"seed": seed, "guidance_scale": guidance_scale, "best_of": best_of, **_size(size)}
     run_evaluation(_load(model), output_dir, num_per_category, **options)
 
 
