@@ -222,8 +222,11 @@ def convert(
             f"{source}: called {published.name}, which is {published.family.title}, yet has a tokenizer of"
             f" {family.title}: give its true name with --name (`name`), or another one to its folder"
         )
-    if from_chameleon and family is not LUMINA:
-        raise ValueError(f"{source}: --from-chameleon (`from_chameleon`) is not for checkpoints of {family.title}")
+    if from_chameleon and (family is not LUMINA or "text-to-image" in (published.tasks or ())):
+        raise ValueError(
+            f"{source}: --from-chameleon (`from_chameleon`) would undo the training of this checkpoint"
+            f" ({published.name or family.title}); it is for Chameleon, which draws no pictures yet"
+        )
     processor = LuminaMGPTProcessor(
         LuminaMGPTImageProcessor(round_pixels=family.round_pixels),
         text_tokenizer,
@@ -301,6 +304,7 @@ def _check(folder: Path, decoder: LuminaMGPTForConditionalGeneration) -> list[st
         raise ValueError(f"{folder}: files are missing: {', '.join(missing)}")
     for file in (folder / name for name in _small_files() if name.endswith(".json")):
         _read_json(file)
+    _check_index(folder / "model_index.json")
     headers = _headers(folder)
     num_tensors = sum(len(names) for _, names in _plan(headers, decoder))
     found = [f"{num_tensors} tensors in {len(headers)} files, names and shapes as they must be"]
@@ -309,6 +313,12 @@ def _check(folder: Path, decoder: LuminaMGPTForConditionalGeneration) -> list[st
         processor = LuminaMGPTProcessor.from_pretrained(folder)
     if processor.uni_rep.layout_dict() != decoder.config.image_layout:
         raise ValueError(f"{folder}: config.json has another image_layout than the tokenizer's names give")
+    if decoder.config.bos_token_id != (bos := processor.tokenizer.convert_tokens_to_ids(processor.bos_token)):
+        raise ValueError(
+            f"{folder}: bos_token_id {decoder.config.bos_token_id} in config.json, {bos} in the tokenizer"
+        )
+    if unknown := set(processor.trained_tasks or ()) - TASKS.keys():
+        raise ValueError(f"{folder}: trained_tasks {sorted(unknown)}: accepted are {', '.join(TASKS)}")
     num_codes, num_sizes = len(processor.uni_rep.code_ids), len(processor.uni_rep.size_ids)
     found.append(f"{num_codes} image codes, {num_sizes} sizes found by name")
 
@@ -317,7 +327,9 @@ def _check(folder: Path, decoder: LuminaMGPTForConditionalGeneration) -> list[st
     picture = Image.linear_gradient("L").resize((2 * processor.size_unit_px,) * 2)
     codes = processor.encode_image(picture, target_px=picture.width)
     again = processor.uni_rep.decode(processor.uni_rep.encode(codes))
-    if not torch.equal(again, codes) or processor.decode_image(again).size != picture.size:
+    drawn = processor.decode_image(again)
+    is_blank = len({*codes.flatten().tolist()}) == 1 or all(low == high for low, high in drawn.getextrema())
+    if not torch.equal(again, codes) or drawn.size != picture.size or is_blank:
         raise ValueError(f"{folder}: a picture does not survive the VQ model and the layout of its codes")
     found.append(f"a picture of {picture.width}x{picture.height} px became {len(codes)}x{len(codes)} codes, and back")
 
@@ -665,6 +677,16 @@ def _save_code(part: Path) -> None:
 
     save_pipeline_files(part)
     custom_object_save(LuminaMGPTForConditionalGeneration, part)
+
+
+def _check_index(file: Path) -> None:
+    """ValueError unless diffusers finds the pipeline and its parts by this file."""
+    from modeling_lumina_mgpt.pipelines.pipeline_lumina_mgpt import MODEL_INDEX
+
+    given = _read_json(file)
+    wrong = [name for name, entry in MODEL_INDEX.items() if name[:2] != "_d" and given.get(name) != entry]
+    if wrong:
+        raise ValueError(f"{file}: {', '.join(wrong)}: accepted are the entries that `lumina-mgpt convert` writes")
 
 
 def _small_files() -> list[str]:

@@ -398,13 +398,17 @@ class _Decoder:
         rows, cols = (x.to(ids.device) for x in self.wanted)
         scale = self._per_row("guidance_scale", ids.device).float()
         state = RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
-        needed = torch.where(state.wanted_rows > 0, layout.num_tokens(rows, cols), 0)
-        if bool((needed > room).any()):
-            row = int((needed - room).argmax())
+        # What was asked for needs room. What the prompt begins may be cut short by the user, but not by the context
+        asked = torch.where(rows > 0, layout.num_tokens(rows, cols) - state.step, 0)
+        begun = torch.where(state.step > 2, layout.num_tokens(state.rows, state.cols) - state.step, 0)
+        missing = torch.maximum(asked - room, begun - (self.model.config.max_position_embeddings - lengths))
+        if bool((missing > 0).any()):
+            row = int(missing.argmax())
+            size = [int(torch.maximum(*sides)[row]) for sides in ((rows, state.rows), (cols, state.cols))]
             raise ValueError(
-                f"row {row}: an image of {int(rows[row])}x{int(cols[row])} codes takes {int(needed[row])} tokens, and"
-                f" {int(room[row])} are left (context {self.model.config.max_position_embeddings},"
-                f" prompt {int(lengths[row])}, max_new_tokens {max_new_tokens})."
+                f"row {row}: an image of {size[0]}x{size[1]} codes takes {int(torch.maximum(asked, begun)[row])} more"
+                f" tokens, and {int(room[row])} are left (context {self.model.config.max_position_embeddings}, prompt"
+                f" {int(lengths[row])}, max_new_tokens {max_new_tokens})."
             )
         return state
 

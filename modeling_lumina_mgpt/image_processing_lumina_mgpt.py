@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 
 from .uni_rep import best_bucket, is_whole
 
 MAX_SIDES_RATIO = 100  # beyond it a strip of a few pixels would be blown up to gigabytes
+URL_TIMEOUT_S = 30
 BOX_CONTRAST = 0.25  # change of a pixel, in [0, 1], that counts as drawn
 ACCEPTED = "a PIL image, a path, a URL, bytes, a uint8 or [0, 1] float array (numpy HWC or HW, torch CHW or HW)"
 
@@ -96,7 +97,7 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         Returns:
             For "depth" float32 (height, width) in [0, 1], the brightness; the default checkpoint draws near bright.
             For "normal" float32 (height, width, 3), unit vectors (right, up, toward the viewer), drawn as (n + 1) / 2.
-            For "segmentation" int64 (height, width), the nearest color's place in `palette`; ValueError without.
+            For "segmentation" uint8 (height, width), the nearest color's place in `palette`; ValueError without.
             For all others float32 (height, width, 3), red, green and blue in [0, 1].
         """
         values = np.asarray(self.load(picture), np.float32) / 255
@@ -107,7 +108,7 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(min=1e-6)
         if task == "segmentation":
             colors = np.array([color for _, *color in self.check_palette()], np.float32) / 255  # (classes, 3)
-            return np.square(values[:, :, None] - colors).sum(-1).argmin(-1)
+            return np.square(values[:, :, None] - colors).sum(-1).argmin(-1).astype(np.uint8)
         return values
 
     def check_palette(self) -> list[list[Any]]:
@@ -291,9 +292,13 @@ COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix}
 
 def _opened(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """With all pixels read and the right side up."""
+    what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
+    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
+    if is_url:
+        what = what.partition("?")[0]  # what follows may be a key
     try:
-        if isinstance(source, str) and source.startswith(("http://", "https://", "data:")):
-            image = load_image(source)
+        if is_url or what.startswith("data:"):
+            image = load_image(source, timeout=URL_TIMEOUT_S)
         elif isinstance(source, Image.Image):
             image = source
         else:
@@ -301,7 +306,8 @@ def _opened(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
         image.load()  # a file that was cut short shows only now
         return ImageOps.exif_transpose(image)
     except Exception as error:  # there is no end to what decoders stumble over
-        what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
+        if is_url and not isinstance(error, UnidentifiedImageError):
+            raise ValueError(f"{what}: cannot be fetched: {type(error).__name__}") from error
         if isinstance(error, OSError) and error.errno is not None and not isinstance(source, Image.Image):
             raise type(error)(error.errno, error.strerror, str(source)) from error
         reason = f": {error}" if isinstance(error, Image.DecompressionBombError) else ""

@@ -9,6 +9,7 @@ control tokens in it stay plain text, except for the placeholder.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
 
@@ -24,6 +25,8 @@ IMAGE = "<|image|>"
 IGNORED_LABEL = -100
 CHUNK_PX = 1024**2  # the VQ model sees at most this many pixels at a time, or one picture
 TEMPLATE_OPTIONS = {"height", "width", "upper_rows", "target_px"}
+# What TRL and transformers' pipelines hand to every processor; here nothing is cut off, and the padding is fixed.
+STOCK_OPTIONS = {"padding", "padding_side", "pad_to_multiple_of", "truncation", "max_length", "add_special_tokens"}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 
 # One space between a picture and its neighbours; an end-of-turn after each turn; no role words.
@@ -360,7 +363,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
             continue_final_message: leave the last answer open.
             add_generation_prompt: changes nothing: there are no role words.
             processor_kwargs, kwargs: `height`, `width` and `target_px`, as in `__call__`; `upper_rows`, codes
-                (rows, cols) that the picture to draw begins with, for all or one a conversation.
+                (rows, cols) that the picture to draw begins with, for all or one a conversation. Stock's padding and
+                truncation change nothing: rows are padded on the left and never cut.
         """
         is_batched = isinstance(conversation, list | tuple) and isinstance([*conversation, None][0], list | tuple)
         conversations = conversation if is_batched else [conversation]
@@ -372,7 +376,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
             )
         options = {**(processor_kwargs or {}), **kwargs}
         given = options.pop("images", None) if images is None else images
-        unknown = {name for name, value in options.items() if value is not None} - TEMPLATE_OPTIONS
+        unknown = {name for name, value in options.items() if value is not None} - TEMPLATE_OPTIONS - STOCK_OPTIONS
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: accepted are {', '.join(sorted(TEMPLATE_OPTIONS))}")
         given = [None] * len(conversations) if given is None else given if is_batched else [given]
@@ -382,7 +386,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
         for messages, extra, size in zip(conversations, given, sizes, strict=True):
             turns = [super(LuminaMGPTProcessor, self).apply_chat_template([m], chat_template) for m in messages]
             turns = [turn.removeprefix(self.bos_token).removesuffix(END_OF_TURN) for turn in turns]
-            turns = [message.get("input_ids", turn) for message, turn in zip(messages, turns, strict=True)]
+            turns = [
+                whole_numbers(message["input_ids"], "input_ids").tolist() if "input_ids" in message else turn
+                for message, turn in zip(messages, turns, strict=True)
+            ]
             codes = self.encode_images(_message_images(messages, extra), options.get("target_px"))
             ids, is_answer = self._turn_ids(turns, codes, [message["role"] == "assistant" for message in messages])
             prefix = self._size_prefix(*size)
@@ -392,6 +399,20 @@ class LuminaMGPTProcessor(ProcessorMixin):
         if return_assistant_tokens_mask:
             batch["assistant_masks"] = self._batch(masks, return_tensors, pad_id=0)["input_ids"]
         return batch if return_dict else batch["input_ids"]
+
+    def encode_messages(self, messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Messages as in `apply_chat_template`, their pictures as codes, so that no later turn encodes them again."""
+        _check_messages(messages)
+        encoded = []
+        for message in messages:
+            content = message["content"]
+            if not isinstance(content, str):
+                content = [
+                    {"type": "image", "image": self.encode_image(*_held(item))} if _held(item) else item
+                    for item in content
+                ]
+            encoded.append({**message, "content": content})
+        return encoded
 
     def encode_conversation(
         self,
@@ -454,21 +475,27 @@ class LuminaMGPTProcessor(ProcessorMixin):
             raise ValueError(f"task {task!r} takes {'no' if prompt else 'a'} prompt")
         if bool(condition) != ("{condition}" in template):
             raise ValueError(f"task {task!r} takes {'no' if condition else 'a'} condition")
+        if condition and condition not in CONDITIONS and get_close_matches(condition, CONDITIONS, cutoff=0.75):
+            raise ValueError(f"condition {condition!r}: accepted are {', '.join(CONDITIONS)}, or more words")
         if self._size_prefix(height, width) == []:
             template = template.replace(" of {width}x{height}", "")
         shown = CONDITIONS.get(condition or "", condition)
         return template.format(prompt=prompt, height=height, width=width, condition=shown)
 
-    def task_message(self, task: str, prompt: str | None = None, image: Any = None, **options: Any) -> dict[str, Any]:
+    def task_message(
+        self, task: str, prompt: str | None = None, image: Any = None, allow_untrained: bool = False, **options: Any
+    ) -> dict[str, Any]:
         """The user's message for a task, for `apply_chat_template` and the pipeline's `chat`.
 
         Args:
             task, prompt, options: as in `task_prompt`.
             image: what the task is about, if its words have a place for it; ValueError for one too many or too few.
+            allow_untrained: whether it may be one that the checkpoint was not trained for.
         """
+        self.check_task(task, allow_untrained)
         before, *after = self.task_prompt(task, prompt, **options).split(IMAGE)
         if len(after) != (image is not None):
-            raise ValueError(f"task {task!r}: {len(after)} places for {int(image is not None)} images")
+            raise ValueError(f"task {task!r} takes {'an' if after else 'no'} image")
         content = [{"type": "text", "text": before}]
         if after:
             content += [{"type": "image", "image": image}, {"type": "text", "text": after[0]}]
@@ -656,7 +683,13 @@ def _check_messages(messages: Any) -> None:
                 raise ValueError(f"content of type {item.get('type')!r}: accepted are 'text' and 'image'")
             if item["type"] == "text" and not isinstance(item.get("text"), str):
                 raise ValueError(f"text {item.get('text')!r} in a message: accepted is a string")
-        whole_numbers(message.get("input_ids", []), "input_ids")
+        if whole_numbers(message.get("input_ids", []), "input_ids").ndim != 1:
+            raise ValueError(f"input_ids {message['input_ids']!r}: accepted is one row of ids")
+
+
+def _held(item: dict[str, Any]) -> list[Any]:
+    """The image that an item of a message holds, if any."""
+    return [item[key] for key in ("image", "path", "url") if item.get(key) is not None][:1]
 
 
 def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]:
@@ -666,7 +699,7 @@ def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]
     for message in messages:
         content = message["content"] if "input_ids" not in message else []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            held = [item[key] for key in ("image", "path", "url") if item.get(key) is not None]
+            held = _held(item)
             num_places = 1 if item["type"] == "image" else item["text"].count(IMAGE)
             found += held or islice(left, num_places)
     return [*found, *left]

@@ -20,6 +20,8 @@ class OneLineErrors(typer.core.TyperGroup):
     def invoke(self, ctx):
         try:
             return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):  # such as after --help
+            raise
         except typer.exceptions.TyperException as error:
             where = getattr(error, "ctx", None) or ctx
             message = f"{error.format_message()} ({where.command_path} --help shows what is accepted)"
@@ -164,6 +166,7 @@ def chat(
     output_dir: Annotated[Path, typer.Option(help="Where the answers' pictures go.")] = Path("."),
     seed: Seed = None,
     model: Model = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many in an answer.")] = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Talk with the model, a line at a time; <photo.png> in a line shows it that file. An empty line ends the talk.
@@ -176,7 +179,7 @@ def chat(
     while line := typer.prompt(">", default="", show_default=False, prompt_suffix=" "):
         try:
             message = _message(pipe.processor, line, allow_untrained)
-            answer = pipe.chat([*messages, message], generator=generator)
+            answer = pipe.chat([*messages, message], generator=generator, max_new_tokens=max_new_tokens)
         except (ValueError, OSError) as error:  # a mistyped file name must not end the talk
             typer.echo(f"Error: {error}", err=True)
             continue
@@ -254,25 +257,29 @@ def convert(
 
 @app.command()
 def inspect(
-    prompt: Prompt,
+    prompt: Annotated[str | None, typer.Argument(help="What to draw, for tasks with words.")] = None,
+    image: Annotated[Path | None, typer.Option(help="The picture to start from, for tasks with one.")] = None,
+    task: Annotated[str | None, typer.Option(help="Such as restore; text-to-image or edit if not given.")] = None,
     output_dir: Annotated[Path, typer.Option(help="Where attention.png, entropy.png and settings.png go.")] = Path(
         "inspection"
     ),
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the picture.")] = 0,
     model: Model = None,
+    allow_untrained: AllowUntrained = False,
 ):
     """Draw what the model attends to, how sure it is of each code, and what its settings do."""
     from .inspection import draw_attention, draw_entropy, draw_settings, watch
 
     pipe = _load(model)
-    watched = watch(pipe, prompt, generator=_generator(seed), **_size(size))
+    call: dict[str, Any] = {"image": image, "task": task, "allow_untrained": allow_untrained, **_size(size)}
+    watched = watch(pipe, prompt, generator=_generator(seed), **call)
     attention, sinks = draw_attention(pipe, watched)
     _save(attention, output_dir / "attention.png")
     typer.echo("\n".join(["sinks:", *sinks]) if sinks else "no sinks")
     _save(draw_entropy(watched), output_dir / "entropy.png")
     typer.echo(f"mean entropy: {watched.entropy.mean():.2f} nats")
-    _save(draw_settings(pipe, prompt, seed, **_size(size)), output_dir / "settings.png")
+    _save(draw_settings(pipe, prompt, seed, **call), output_dir / "settings.png")
 
 
 @app.command()
@@ -285,7 +292,7 @@ def push(
 
     if not (folder / "model_index.json").is_file():
         raise ValueError(f"{folder} has no model_index.json: not a model's folder")
-    api, ignored = HfApi(), ["trainer/*", "data/*", "*__pycache__*"]
+    api, ignored = HfApi(), ["trainer/*", "data/*", "*__pycache__*", "source.json"]
     repo = api.create_repo(repo_id, exist_ok=True)
     typer.echo(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored).commit_url)
 
@@ -296,9 +303,9 @@ def _draw(
     """Calls the pipeline, prints what it says and saves what it draws."""
     from .pipeline_lumina_mgpt import VerifierError
 
-    call |= {"output_type": "np" if output.suffix == ".npy" else "pil", "allow_untrained": allow_untrained}
-    call |= _size(size)
-    if output.suffix.lower() not in {".npy", *Image.registered_extensions()}:
+    suffix = output.suffix.lower()
+    call |= {"output_type": "np" if suffix == ".npy" else "pil", "allow_untrained": allow_untrained, **_size(size)}
+    if suffix != ".npy" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png, or .npy")
     try:
         answer: Any = _load(model)(generator=_generator(seed), **call)
@@ -322,8 +329,12 @@ def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:
     parts = re.split(r"<([^<>\s][^<>]*\.\w+)>", line)
     if match := re.match(r"/(\S+)(.*)", parts[0]):
         task, words = match[1], " ".join([match[2], *parts[2::2]]).strip()
-        processor.check_task(task, allow_untrained)
-        return processor.task_message(task, words or None, *parts[1::2])
+        if task in ("pair", "panel", "complete"):
+            raise ValueError(f"task {task!r} is for `lumina-mgpt generate`, `control` and `complete`, not for a talk")
+        if len(parts) > 3:
+            raise ValueError(f"{line!r}: accepted is one picture for a task")
+        image = parts[1] if len(parts) > 1 else None
+        return processor.task_message(task, words or None, image, allow_untrained=allow_untrained)
     content = [{"type": ("text", "image")[i % 2], ("text", "image")[i % 2]: x} for i, x in enumerate(parts) if x]
     return {"role": "user", "content": content}
 
@@ -333,7 +344,9 @@ def _verifier(name: str | None):
         return None
     from .verifiers import CLIPVerifier, TabletopVerifier
 
-    return TabletopVerifier() if name == "tabletop" else CLIPVerifier(name)
+    if name == "tabletop":
+        return TabletopVerifier()
+    return CLIPVerifier(_existing(name, "verifier", '"tabletop", '))
 
 
 def _prompt_enhancer(model: str | None, url: str | None):
@@ -387,9 +400,15 @@ def _load(model: str | None) -> "LuminaMGPTPipeline":
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
-    if model is not None and not Path(model).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", model):
-        raise ValueError(f"model {model!r}: neither a folder nor a repo NAMESPACE/NAME")
+    folder = default_checkpoint() if model is None else _existing(model, "model")
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return LuminaMGPTPipeline.from_pretrained(model or default_checkpoint(), dtype=dtype).to(device)
+    return LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
+
+
+def _existing(name: str, what: str, others: str = "") -> str:
+    """A folder, or what may be a repo."""
+    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"{what} {name!r}: neither {others}a folder nor a repo NAMESPACE/NAME")
+    return name

@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import entropy
+from modeling_lumina_mgpt.generation_lumina_mgpt import MIN_DECAYED_SCALE, entropy
 
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
@@ -38,7 +38,7 @@ class Watched:
         ids: `(length)` of both, up to the picture's last code.
         codes_at: `(rows, cols)` where in `ids` each code of the picture is.
         entropy: float32 `(rows, cols)` nats of the law over codes as guided, before top-k and temperature: what
-            PURE's top-k is made from (2503.11073).
+            PURE's top-k is made from (2503.11073). 0 for a code that was given.
     """
 
     prompt: str
@@ -48,23 +48,34 @@ class Watched:
     entropy: Tensor
 
 
-def watch(pipe: "LuminaMGPTPipeline", prompt: str, **call: Any) -> Watched:
-    """Draws `prompt`; `call` are further arguments of the pipeline for one picture."""
+def watch(pipe: "LuminaMGPTPipeline", prompt: str | None, **call: Any) -> Watched:
+    """Draws `prompt`; `call` are further arguments of the pipeline for one picture, which may be of any task.
+
+    ValueError if the model drew none, or restored one in more than one square.
+    """
     uni_rep = pipe.processor.uni_rep
     ids, entropies = torch.empty(0), []
 
     def see(ids_so_far: Tensor, scores: Tensor) -> Tensor:
         nonlocal ids
+        if ids_so_far.shape[1] <= len(ids):
+            raise ValueError(
+                f"a picture that is restored in squares: accepted is one of {pipe.processor.target_px} px"
+            )
         ids = ids_so_far[0].cpu()
         entropies.append(entropy(scores[:, uni_rep.code_ids.to(scores.device)]))  # one number, as scores are large
         return scores
 
     output: Any = pipe(prompt, logits_processor=[see], **call)
     picture = output.images[0]
-    codes_at: Any = torch.isin(ids, uni_rep.code_ids).nonzero().view(uni_rep.grid(picture.height, picture.width))
+    if picture is None:
+        raise ValueError(f"prompt {prompt!r}: the model drew no picture to look into")
+    start = int((ids == uni_rep.start_id).nonzero()[-1])
+    rows, cols = (int(size) * uni_rep.codes_per_size_unit for size in uni_rep.size_of_id(ids[start + 1 : start + 3]))
+    codes_at = start + 3 + torch.arange(rows)[:, None] * (cols + 1) + torch.arange(cols)
     num_given = len(ids) - len(entropies) + 1  # the last scores were for a token after `ids`
-    nats = torch.cat(entropies).cpu()[codes_at - num_given]
-    return Watched(prompt, picture, ids[: codes_at.max() + 1], codes_at, nats)
+    nats = torch.cat(entropies).cpu()[(codes_at - num_given).clamp(min=0)].masked_fill(codes_at < num_given, 0)
+    return Watched(prompt or str(call.get("task")), picture, ids[: codes_at.max() + 1], codes_at, nats)
 
 
 @torch.no_grad()
@@ -159,22 +170,33 @@ def draw_entropy(watched: Watched) -> Image.Image:
     return sheet
 
 
-def draw_settings(pipe: "LuminaMGPTPipeline", prompt: str, seed: int, **call: Any) -> Image.Image:
+def draw_settings(pipe: "LuminaMGPTPipeline", prompt: str | None, seed: int, **call: Any) -> Image.Image:
     """The same prompt and seed over temperature, top-k and guidance, the checkpoint's own framed (2408.02657, fig. 8).
 
-    Each row varies one setting, in one batch of the pipeline; `call` are its further arguments for one picture.
+    Each row varies one setting, in one batch of the pipeline; `call` are its further arguments for one picture. What a
+    checkpoint's schedule sets by itself is left out.
     """
     usual, rows = pipe.transformer._decoding_settings(None, {}), []
-    for name, choices in SETTINGS.items():
-        values = sorted({*choices, getattr(usual, name)})
+    varied = {name: {*choices, getattr(usual, name)} for name, choices in SETTINGS.items()}
+    if usual.top_k_schedule is not None:
+        del varied["image_top_k"]
+    if usual.guidance_schedule == "decay":  # never to less than this, whatever it began with
+        varied["guidance_scale"] -= {scale for scale in varied["guidance_scale"] if 1 < scale < MIN_DECAYED_SCALE}
+    for name, choices in varied.items():
+        values = sorted(choices)
         generators = [torch.Generator().manual_seed(seed) for _ in values]
-        settings: dict[str, Any] = {name: values} | call
-        output: Any = pipe([prompt] * len(values), generator=generators, **settings)
+        settings: dict[str, Any] = {"prompt": [prompt] * len(values), name: values} | call
+        output: Any = pipe(generator=generators, **settings)
         rows.append((name, values, [_fit(picture, CELL_PX) for picture in output.images]))
     width, height = (side + GAP_PX for side in rows[0][2][0].size)
     most, row_px = max(len(values) for _, values, _ in rows), height + 2 * LINE_PX
     title, caption = f"One setting at a time, seed {seed}", "Framed: the checkpoint's own, as in all other rows."
-    sheet, pen = _page(prompt, title, caption, (most * width + GAP_PX, HEADING_PX + len(rows) * row_px - GAP_PX))
+    sheet, pen = _page(
+        prompt or str(call.get("task")),
+        title,
+        caption,
+        (most * width + GAP_PX, HEADING_PX + len(rows) * row_px - GAP_PX),
+    )
     for row, (name, values, pictures) in enumerate(rows):
         top = HEADING_PX + row * row_px + LINE_PX + 4
         _write(pen, (GAP_PX, top - LINE_PX - 4), name)

@@ -64,7 +64,8 @@ OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
     "input_ids": "accepted is a prompt",
     "attention_mask": "accepted is a prompt",
 }
-PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "guidance_scale", "generator")
+SAMPLING = ("guidance_scale", "image_top_k", "text_top_k", "image_temperature", "text_temperature")
+PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "generator", *SAMPLING)
 
 
 @dataclass
@@ -104,6 +105,7 @@ class Request:
 
     Attributes:
         height, width: pixels; once the image is encoded, those of the picture to draw, all panels of it.
+        sampling: those of `SAMPLING` that were given.
         words: what the model is told, if not the prompt.
         codes: of the image, or of the rows that the picture to draw begins with. int64 (rows, cols)
     """
@@ -114,7 +116,7 @@ class Request:
     image: Any
     height: Any
     width: Any
-    guidance_scale: float | None
+    sampling: dict[str, Any]
     words: str | None = None
     codes: Any = None
 
@@ -125,7 +127,7 @@ class Row:
 
     request: Request
     text: str
-    codes: Any
+    codes: Any = None
     panel_codes: Any = None
     picture: Any = None
     panel: Any = None
@@ -192,6 +194,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: list[str] = _callback_tensor_inputs,
         condition: str | list[str] | None = None,
         color_fix: str | None = "wavelet",
+        tile_batch_size: int = 1,
         best_of: int | None = None,
         verifier: Callable[[str, list[Image.Image]], Any] | None = None,
         prompt_enhancer: Callable[[str], str] | None = None,
@@ -214,7 +217,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             output_type: "pil", "np" (float32 (height, width, 3) in [0, 1]), "pt" (float32 (3, height, width) in
                 [0, 1]) or "latent" (codes, int64 (rows, cols)). All but "pil" are stacked if they are of one size.
                 "np" and "pt" hold numbers for tasks "depth" ((height, width) in [0, 1]), "normal" (unit vectors in
-                place of colors) and "segmentation" (int64 (height, width)): see `image_processor.to_array`.
+                place of colors) and "segmentation" (uint8 (height, width)): see `image_processor.to_array`.
             callback_on_step_end: called as `callback(pipe, step, timestep, callback_kwargs)` after each token; both
                 numbers count tokens. Tokens are final: what it returns is ignored.
             callback_on_step_end_tensor_inputs: of "generated_ids": `LongTensor (batch, step + 1)`, whose rows
@@ -224,6 +227,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 For "canny" a photo will do: its edges are found first.
             color_fix: "wavelet", "adain" or None: how a restored picture gets the colors of `image`. One larger than
                 the model's square is restored in overlapping squares; a smaller one comes back that large.
+            tile_batch_size: squares of a large picture that are restored at a time; more take less time, and of a 7B
+                PURE in bfloat16 about 9 GB each.
             best_of: rows to draw of each prompt, of which the `num_images_per_prompt` best are returned.
             verifier: called as `verifier(prompt, images)` with the rows of a prompt as PIL images; gives a score for
                 each, more is better. The best come first. `pipelines.verifiers` has two.
@@ -260,49 +265,41 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             image=image,
             height=height,
             width=width,
-            guidance_scale=guidance_scale,
+            sampling={"guidance_scale": guidance_scale}
+            | {name: generate_kwargs.pop(name) for name in SAMPLING if name in generate_kwargs},
         )
+        _check_generators(generator, len(given) * copies)
         for request in given:
             self._check_image(task, request.image)
             if not isinstance(request.negative_prompt, str | None):
                 raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
-            if prompt_enhancer is not None and request.prompt:
-                request.words = _enhanced(prompt_enhancer, request.prompt)
         tilings = self._tilings(given, output_type) if task == "restore" else []
         requests, generator = _one_per_square(given, tilings, generator, copies) if tilings else (given, generator)
         self._encode_images(task, requests)
+        for request in requests:
+            if prompt_enhancer is not None and request.prompt:
+                request.words = _enhanced(prompt_enhancer, request.prompt)
 
-        # 2. Prompts to ids
-        inputs = self._encode_prompts(task, requests)
-        if any(request.negative_prompt for request in requests):
-            generate_kwargs |= self._encode_negative_prompts(task, requests)
-        if self.processor.tasks[task].answer == "image":  # such an answer ends with its picture
-            uni_rep = self.processor.uni_rep
-            generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
+        # 2. Their answers
+        rows: list[Row] = []
+        batch_size = _checked_count("tile_batch_size", tile_batch_size) if tilings else len(requests)
+        for first in range(0, len(requests), batch_size):
+            part, own = requests[first : first + batch_size], slice(first * copies, (first + batch_size) * copies)
+            generate_kwargs["generator"] = generator[own] if isinstance(generator, list | tuple) else generator
+            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
+            rows += self._answers(task, part, copies, *callback, **generate_kwargs)
+            if self.interrupt:
+                break
+        rows += [Row(request, "") for request in requests for _ in range(copies)][len(rows) :]  # if interrupted
 
-        # 3. Generate
-        answers: Any = self._generate(
-            inputs,
-            callback_on_step_end,
-            callback_on_step_end_tensor_inputs,
-            height=[request.height for request in requests],
-            width=[request.width for request in requests],
-            guidance_scale=None if guidance_scale is None else [request.guidance_scale for request in requests],
-            generator=generator,
-            num_return_sequences=copies,
-            **generate_kwargs,
-        )
-
-        # 4. Ids to text and pictures
-        drawn_for = [request for request in requests for _ in range(copies)]
-        rows = [self._row(task, request, answer) for request, answer in zip(drawn_for, answers, strict=True)]
+        # 3. Pictures
         if output_type != "latent" or verifier is not None:
             self._decode_rows(task, rows)
         if tilings:
             rows = self._merge(given, tilings, rows, copies, color_fix)
         self.maybe_free_model_hooks()
 
-        # 5. The best of them
+        # 4. The best of them
         if verifier is not None:
             rows = self._best(verifier, task, rows, copies, num_images_per_prompt, output_type)
         output = self._output(task, rows, output_type)
@@ -325,14 +322,15 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`; or as
                 `processor.task_message` has it for a task.
             upper_rows: codes (rows, cols) that the answer's picture, of `height` and `width`, begins with.
-            generate_kwargs: as in a call; `height` and `width` have the answer begin with a picture of that size.
+            generate_kwargs: as in a call; `height` and `width` have the answer begin with a picture of that size, and
+                `max_new_tokens` ends it early.
 
         Returns:
-            `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with.
+            `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with, in which
+            pictures have become codes and the answer keeps its tokens.
         """
         self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs)
-        if not isinstance(messages, list | tuple) or not all(isinstance(message, dict) for message in messages):
-            raise ValueError(f"messages {messages!r}: accepted is a list of {{'role': ..., 'content': ...}}")
+        messages = self.processor.encode_messages(messages)
         begun: dict[str, Any] = {}
         if upper_rows is not None:
             begun = {"upper_rows": upper_rows, **{name: generate_kwargs.get(name) for name in ("height", "width")}}
@@ -362,14 +360,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         _checked_count("batch_size", batch_size)
         for name in kwargs.keys() & {*PER_PROMPT} - {"generator"}:
             _one_each(kwargs[name], len(prompts), name)
-        num_rows = len(prompts) * _num_copies(num_images_per_prompt, kwargs.get("best_of"), kwargs.get("verifier"))
-        if isinstance(kwargs.get("generator"), list | tuple) and len(kwargs["generator"]) != num_rows:
-            raise ValueError(f"{len(kwargs['generator'])} generators for {num_rows} rows")
+        copies = _num_copies(num_images_per_prompt, kwargs.get("best_of"), kwargs.get("verifier"))
+        _check_generators(kwargs.get("generator"), len(prompts) * copies)
         for first in range(0, len(prompts), batch_size):
             part: dict[str, Any] = {}
             for name, value in kwargs.items():
-                copies = (kwargs.get("best_of") or num_images_per_prompt) if name == "generator" else 1
-                own = slice(first * copies, (first + batch_size) * copies)
+                size = copies if name == "generator" else 1
+                own = slice(first * size, (first + batch_size) * size)
                 part[name] = value[own] if isinstance(value, list | tuple) and name in PER_PROMPT else value
             batch = prompts[first : first + batch_size]
             output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
@@ -415,6 +412,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 uni_rep.header(*own.shape)  # raises for what cannot be written
                 request.codes = own
         for request in requests:
+            if asked.answer == "text" and (request.height is not None or request.width is not None):
+                raise ValueError(f"task {task!r} takes no height and width: its answer is text")
             if (request.height is None) != (request.width is None):
                 raise ValueError(f"height {request.height!r}, width {request.width!r}: give both or none")
             if request.height is not None:
@@ -441,10 +440,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             target_px = int(self.processor.target_px / num_panels**0.5) // unit_px * unit_px
             return self.processor.encode_image(image, max(target_px, unit_px))
         height_px = request.height // num_panels
-        if num_panels == 1:
-            picture, code_px = image_processor.load(image), unit_px // self.processor.codes_per_size_unit
-            num_rows = round(picture.height * request.width / picture.width / code_px)
+        if num_panels == 1:  # of a picture that is too high, the top
+            image, code_px = image_processor.load(image), unit_px // self.processor.codes_per_size_unit
+            num_rows = round(image.height * request.width / image.width / code_px)
             height_px = min(max(num_rows, 1), height_px // code_px - 1) * code_px
+            image = image.crop((0, 0, image.width, min(image.height, round(height_px * image.width / request.width))))
         return self.processor.encode_images([image], size=(request.width, height_px))[0]
 
     def _begun(self, upper_rows: Tensor, height: int, width: int) -> Tensor:
@@ -476,6 +476,36 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             "negative_prompt_ids": inputs["input_ids"],
             "negative_prompt_attention_mask": inputs["attention_mask"] * is_given,
         }
+
+    def _answers(
+        self,
+        task: str,
+        requests: list[Request],
+        copies: int,
+        callback: Callable | None,
+        tensor_inputs: list[str],
+        **generate_kwargs,
+    ) -> list[Row]:
+        """What the model says to requests, in one batch; pictures as codes."""
+        # 1. Prompts to ids
+        inputs = self._encode_prompts(task, requests)
+        if any(request.negative_prompt for request in requests):
+            generate_kwargs |= self._encode_negative_prompts(task, requests)
+        if self.processor.tasks[task].answer == "image":  # such an answer ends with its picture
+            uni_rep = self.processor.uni_rep
+            generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
+        if self.processor.tasks[task].answer == "text":
+            generate_kwargs.setdefault("suppress_tokens", [self.processor.uni_rep.start_id])
+
+        # 2. Generate
+        sizes = {name: [getattr(request, name) for request in requests] for name in ("height", "width")}
+        sampling = {name: [request.sampling[name] for request in requests] for name in requests[0].sampling}
+        generate_kwargs |= {"num_return_sequences": copies, **sizes, **sampling}
+        answers: Any = self._generate(inputs, callback, tensor_inputs, **generate_kwargs)
+
+        # 3. Ids to text and codes
+        drawn_for = [request for request in requests for _ in range(copies)]
+        return [self._row(task, request, answer) for request, answer in zip(drawn_for, answers, strict=True)]
 
     def _generate(self, inputs, callback: Callable | None, tensor_inputs: list[str], **kwargs) -> LongTensor:
         """The new ids, `(batch, length)`, finished rows padded on the right."""
@@ -605,7 +635,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                     fix = self.processor.image_processor.fix_colors
                     squares = [x and fix(x, source, color_fix) for x, source in zip(squares, sources, strict=True)]
                 text = "\n".join(dict.fromkeys(row.text for row in own))
-                merged.append(Row(request, text, None, picture=None if None in squares else tiling.merge(squares)))
+                merged.append(Row(request, text, picture=None if None in squares else tiling.merge(squares)))
             first += copies * len(sources)
         return merged
 
@@ -618,7 +648,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """A pipeline of the classes at hand, from a folder or a repo.
 
         Args:
-            dtype, torch_dtype: of the weights; by default as saved for the transformer, float32 for the VQ model.
+            dtype, torch_dtype: of the transformer; by default as saved. The VQ model is in float32, as it gives some
+                codes a neighbor's number in bfloat16; `.to(dtype)` changes both.
             trust_remote_code: whether to run a repo's code; not needed where this package is installed.
             kwargs: components to use instead of the repo's own (`transformer`, `vqvae`, `processor`); `revision`,
                 `token`, `cache_dir`, `local_files_only`, `force_download`; all else goes to the transformer:
@@ -636,10 +667,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 transformer = AutoModelForMultimodalLM.from_pretrained(source, dtype=dtype or "auto", **code, **kwargs)
             loading = "vqvae"
             if vqvae is None:
-                vqvae = VQModel.from_pretrained(source, subfolder="vqvae", dtype=dtype, **hub).to(transformer.device)
+                vqvae = VQModel.from_pretrained(source, subfolder="vqvae", dtype=torch.float32, **hub)
+                vqvae.to(transformer.device)
             loading = "processor"
             if processor is None:
                 processor = AutoProcessor.from_pretrained(source, **code)
+        except (ImportError, torch.OutOfMemoryError):
+            raise
         except Exception as error:  # each kind of file has errors of its own
             raise OSError(f"the {loading} of {source} cannot be loaded: {error}") from error
         return cls(transformer, vqvae, processor)
@@ -711,18 +745,34 @@ def _checked_count(name: str, value: Any) -> int:
     return int(value)
 
 
-def _requests(**given: Any) -> list[Request]:
+def _requests(sampling: dict[str, Any], **given: Any) -> list[Request]:
     """One request for each prompt, from values for all or lists with one for each."""
     lists = (given[name] for name in ("prompt", "image") if isinstance(given[name], list | tuple))
     num_prompts = len(next(lists, [None]))
     if not num_prompts:
         raise ValueError("an empty list: at least one prompt or image is needed")
-    columns = [_one_each(value, num_prompts, name) for name, value in given.items()]
-    return [Request(**dict(zip(given, values, strict=True))) for values in zip(*columns, strict=True)]
+    own = {name: _one_each(value, num_prompts, name) for name, value in given.items()}
+    settings = {name: _one_each(value, num_prompts, name) for name, value in sampling.items() if value is not None}
+    return [
+        Request(
+            sampling={name: values[i] for name, values in settings.items()},
+            **{name: values[i] for name, values in own.items()},
+        )
+        for i in range(num_prompts)
+    ]
+
+
+def _check_generators(generator: Any, num_rows: int) -> None:
+    if isinstance(generator, list | tuple) and len(generator) != num_rows:
+        raise ValueError(f"{len(generator)} generators for {num_rows} rows: give one, or one per row that is drawn")
 
 
 def _enhanced(enhancer: Callable[[str], str], prompt: str) -> str:
-    words = enhancer(prompt)
+    try:
+        words = enhancer(prompt)
+    except Exception as error:
+        kind = TimeoutError if isinstance(error, TimeoutError) else RuntimeError
+        raise kind(f"the prompt enhancer failed on {prompt!r}: {type(error).__name__}: {error}") from error
     if not isinstance(words, str) or not words.strip():
         raise ValueError(f"the prompt enhancer made {words!r} of {prompt!r}: accepted is some text")
     return words
@@ -733,8 +783,6 @@ def _one_per_square(requests: list[Request], tilings: list, generator: Any, copi
     owners = [i for i, tiling in enumerate(tilings) for _ in tiling.corners]
     squares = [square for tiling in tilings for square in tiling.cut()]
     if isinstance(generator, list | tuple):
-        if len(generator) != len(requests) * copies:
-            raise ValueError(f"{len(generator)} generators for {len(requests) * copies} rows")
         generator = [generator[i * copies + copy] for i in owners for copy in range(copies)]
     return [replace(requests[i], image=square) for i, square in zip(owners, squares, strict=True)], generator
 

@@ -12,6 +12,8 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from http.client import HTTPException
+from threading import Thread
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -74,7 +76,10 @@ class TabletopVerifier:
     """
 
     def __init__(self):
-        from modeling_lumina_mgpt.training import evaluate, tabletop
+        try:
+            from modeling_lumina_mgpt.training import evaluate, tabletop
+        except ModuleNotFoundError as error:
+            raise ImportError(f"{error}; pip install 'lumina-mgpt[train]' brings what the judge needs") from error
 
         self._parse, self._judge, self._grade = tabletop.parse, evaluate.judge, evaluate.grade
 
@@ -147,19 +152,26 @@ class ChatPromptEnhancer:
         raise RuntimeError(f"{self._name} answered with status {status} and no chat completion: {received}")
 
     def _send(self, request: Request) -> tuple[int, bytes]:
-        """Status and body. A server that dribbles is stopped at the deadline, too."""
-        deadline = time.monotonic() + self.timeout_s
-        try:
-            response = urlopen(request, timeout=self.timeout_s)
-        except HTTPError as error:
-            response = error  # its body says why
-        body = b""
-        with response:
-            while chunk := response.read1():
-                body += chunk
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the deadline has passed")
-        return response.status, body
+        """Status and body. urllib's timeout is one of silence; here a server that dribbles is left at the deadline."""
+        answer: list[Any] = []
+
+        def ask():
+            try:
+                with urlopen(request, timeout=self.timeout_s) as response:
+                    answer.append((response.status, response.read()))
+            except HTTPError as error:  # its body says why
+                answer.append((error.status, error.read()))
+            except Exception as error:
+                answer.append(error)
+
+        thread = Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(self.timeout_s)
+        if not answer:
+            raise TimeoutError("the deadline has passed")
+        if isinstance(answer[0], Exception):
+            raise answer[0]
+        return answer[0]
 
     def _excerpt(self, received: str) -> str:
         """For messages; some servers repeat the key that they refuse."""

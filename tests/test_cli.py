@@ -50,12 +50,32 @@ def test_chat_goes_on_until_an_empty_line(run):
     assert "absent.png" in result.stderr and result.stderr.count("Error") == 1
 
 
+def test_help_is_no_error():
+    for arguments in (["--help"], ["generate", "--help"], ["convert", "--help"]):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0 and "Usage" in result.stdout and not result.stderr
+
+
+def test_a_task_is_asked_for_in_a_talk(run):
+    talk = "/depth <input.png>\n/detection a cube <input.png>\n/pair a cat\n/etch <input.png>\n/depth\n\n"
+    result = run("chat", "--seed", "0", "--max-new-tokens", "60", input=talk)
+    assert result.exit_code == 0 and result.stderr.count("Error") == 3
+    for said in ("'pair' is for `lumina-mgpt generate`", "'etch': accepted are", "'depth' takes an image"):
+        assert said in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (("generate", "a", "--size", "33x48"), "multiples of 16"),
         (("generate", "a", "--size", "64"), "WIDTHxHEIGHT"),
         (("generate", "a", "-o", "picture"), "such as picture.png"),
+        (("generate", "a", "-o", "picture.psd"), "such as picture.png"),
+        (
+            ("generate", "a", "--best-of", "2", "--verifier", "tabletp"),
+            "verifier 'tabletp': neither \"tabletop\", a folder",
+        ),
+        (("generate", "a", "--condition", "dept"), "'dept': accepted are depth, canny, hed, pose"),
         (("predict", "etch", "input.png"), "'etch': accepted are text-to-image"),
         (("edit", "absent.png", "a"), "absent.png"),
         (("edit", "tiny/config.json", "a"), "not a picture"),

@@ -42,6 +42,26 @@ def test_each_entropy_is_that_of_the_law_its_own_code_was_drawn_from(tiny_pipe):
     assert torch.allclose(drawn.entropy, nats, atol=1e-4) and nats.std() > 0.05
 
 
+def test_pictures_of_every_task_are_watched_where_they_were_drawn(tiny_pipe):
+    """What was given left no choice; of an edit the picture that was drawn counts, not the one it was made of."""
+    picture = Image.effect_noise((64, 32), 60).convert("RGB")
+    begun = watch(tiny_pipe, "a", image=picture, task="complete", height=64, width=64)
+    assert (begun.entropy[:4] == 0).all() and (begun.entropy[4:] > 0).all()
+    edited = watch(tiny_pipe, "a", image=picture)
+    assert edited.codes_at.shape == (6, 10) and (edited.entropy > 0).all()
+    uni_rep = tiny_pipe.processor.uni_rep
+    codes = uni_rep.decode([*edited.ids[edited.codes_at[0, 0] - 3 :], uni_rep.end_of_line_id])
+    assert edited.picture.tobytes() == tiny_pipe.processor.decode_image(codes).tobytes()
+
+
+def test_settings_that_a_schedule_overrides_are_left_out(tiny_pipe):
+    usual = tiny_pipe.transformer.generation_config
+    heights = [draw_settings(tiny_pipe, "a", seed=0, height=16, width=16).height]
+    usual.top_k_schedule = "entropy"
+    heights.append(draw_settings(tiny_pipe, "a", seed=0, height=16, width=16).height)
+    assert heights[0] > heights[1]
+
+
 def test_attention_is_the_last_row_of_the_whole_matrix_and_the_implementation_stays(tiny_pipe, watched):
     model = tiny_pipe.transformer
     before = model.config._attn_implementation

@@ -316,10 +316,10 @@ PROCESSOR = {
         "height '32' px: accepted are multiples",
     ),
     "a height without width": (lambda k: k.processor.task_prompt("text-to-image", "a", 32), "give both or none"),
-    "a task without its image": (lambda k: k.processor.task_message("depth"), "'depth': 1 places for 0 images"),
+    "a task without its image": (lambda k: k.processor.task_message("depth"), "'depth' takes an image"),
     "a task with an image too many": (
         lambda k: k.processor.task_message("text-to-image", "a", PICTURE),
-        "0 places for 1 images",
+        "'text-to-image' takes no image",
     ),
     "a VQ model of text": (lambda k: setattr(k.processor, "vqvae", "vqvae"), "of type str: accepted is a diffusers"),
     "a VQ model of another grid": (
@@ -367,7 +367,7 @@ GENERATE = {
     "a float height": (lambda k: k.generate(height=32.0, width=32), r"height 32\.0 px: accepted are multiples"),
     "a width alone": (lambda k: k.generate(width=32), "height=None and width=32: give both or neither"),
     "heights of other prompts": (lambda k: k.generate(height=[32] * 2, width=32), "height has 2 values for 1 prompts"),
-    "no room": (lambda k: k.generate(height=160, width=160), "takes 424 tokens, and 4 are left"),
+    "no room": (lambda k: k.generate(height=160, width=160), "takes 424 more tokens, and 4 are left"),
     "a prompt as long as the context": (lambda k: k.generate(IDS.repeat(1, 128)), "leave no room in a context of 512"),
     "a guidance that is nan": (lambda k: k.generate(guidance_scale=NAN), "guidance_scale is nan; it must be a number"),
     "a negative guidance": (lambda k: k.generate(guidance_scale=-2), "guidance_scale is -2; it must be .* at least 0"),
@@ -615,7 +615,10 @@ PIPELINE = {
         "made ' ' of 'a': accepted is some",
     ),
     "an unknown argument": (lambda k: k.pipe("a", strength=0.5), "'strength'"),
-    "no room": (lambda k: k.pipe("a", height=160, width=160, max_new_tokens=99), "takes 424 tokens, and 99 are left"),
+    "no room": (
+        lambda k: k.pipe("a", height=160, width=160, max_new_tokens=99),
+        "takes 424 more tokens, and 99 are left",
+    ),
     "text for a chat": (lambda k: k.pipe.chat("hi"), "messages 'hi': accepted is a list of"),
     "one message for a chat": (lambda k: k.pipe.chat(USER), "messages {.*}: accepted is a list of"),
     "no messages": (lambda k: k.pipe.chat([]), "an empty conversation: at least one message"),

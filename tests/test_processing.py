@@ -282,6 +282,8 @@ def test_assistant_masks_are_where_labels_are(tiny_processor):
     messages = [{"role": ("user", "assistant")[i % 2], "content": turn} for i, turn in enumerate(turns)]
     record = tiny_processor.encode_conversation(turns, images)
     options = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    trl_asks = {"padding": True, "padding_side": "right", "truncation": True, "max_length": 4}
+    options["processor_kwargs"] = trl_asks
     batch = tiny_processor.apply_chat_template(messages, images=images, **options)
     assert batch["input_ids"][0].tolist() == record["input_ids"]
     assert batch["assistant_masks"][0].bool().tolist() == [label != -100 for label in record["labels"]]

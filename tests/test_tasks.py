@@ -77,17 +77,18 @@ def test_a_task_is_one_call_away(pipes, picture, name, task, monkeypatch):
     condition = "canny" if "{condition}" in asked.template else None
     image = picture if asked.needs_image else None
     sizes = {} if asked.needs_image and not asked.continues else {"height": height, "width": width}
+    seen, said, generate = [], [], pipe.transformer.generate
     if asked.answer == "text+image":  # a text, then the picture of a whole square
         size = (64, 64)
         said = processor.tokenizer("Blurred.", add_special_tokens=False)["input_ids"]
         said += processor.uni_rep.header(*processor.uni_rep.grid(64, 64))
-        generate = pipe.transformer.generate
-
-        def speak(input_ids, **kwargs):
-            return generate(input_ids, logits_processor=[Say(said, input_ids.shape[1])], **kwargs)
-
-        monkeypatch.setattr(pipe.transformer, "generate", speak)
         monkeypatch.setattr(pipe.transformer.generation_config, "max_new_tokens", 100)
+
+    def watched(input_ids, **kwargs):
+        seen.append(input_ids)
+        return generate(input_ids, logits_processor=[Say(said, input_ids.shape[1])], **kwargs)
+
+    monkeypatch.setattr(pipe.transformer, "generate", watched)
 
     # 1. The pipeline
     given = {"image": image, "condition": condition, "allow_untrained": True, **sizes}
@@ -97,23 +98,25 @@ def test_a_task_is_one_call_away(pipes, picture, name, task, monkeypatch):
         assert output.images[0].size == wanted
     if "text" in asked.answer:
         assert output.text[0]
-    assert (output.panels is not None) == (asked.num_panels > 1) and (output.boxes is not None) == (
-        task == "detection"
-    )
+    assert (output.panels is not None) == (asked.num_panels > 1)
+    assert (output.boxes is not None) == (task == "detection")
     if asked.num_panels > 1:
         assert output.panels[0].size == size
 
     # 2. A chat
     whole = {"height": height * asked.num_panels, "width": width} if sizes else {}
     content = image if not asked.continues else None
-    message = processor.task_message(task, words, content, condition=condition, **whole)
+    message = processor.task_message(task, words, content, condition=condition, allow_untrained=True, **whole)
     begun = {}
     if asked.continues:
-        upper_px = height if asked.num_panels > 1 else height // 2
-        begun = {"upper_rows": processor.encode_images([picture], size=(width, upper_px))[0]}
+        upper_px = height if asked.num_panels > 1 else picture.height * width // picture.width
+        shown = processor.image_processor.canny(picture) if condition == "canny" else picture
+        begun = {"upper_rows": processor.encode_images([shown], size=(width, upper_px))[0]}
     if asked.answer == "image":
         begun |= whole or dict(zip(("width", "height"), size, strict=True))
     talk = pipe.chat([message], generator=torch.Generator().manual_seed(0), **begun)
+    if task != "restore":  # which sees a stretched picture
+        assert torch.equal(*seen)
     if "image" in asked.answer:
         assert talk.images[0].size == (size[0], size[1] * asked.num_panels)
     if "text" in asked.answer:
