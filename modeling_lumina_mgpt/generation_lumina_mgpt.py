@@ -194,6 +194,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
                 "config.image_layout is None: take it from UniRep.from_tokenizer(tokenizer).layout_dict()."
             )
         settings = self._decoding_settings(generation_config, kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name != "max_new_tokens" or value is not None}
         given = kwargs.pop("input_ids", None)
         if (inputs is None) == (given is None):
             raise ValueError(f"{'no' if given is None else 'both inputs and'} input_ids; accepted is one of them.")
@@ -399,16 +400,19 @@ class _Decoder:
         scale = self._per_row("guidance_scale", ids.device).float()
         state = RowState.of_prompt(layout, ids, mask, (rows, cols), room, scale)
         # What was asked for needs room. What the prompt begins may be cut short by the user, but not by the context
-        asked = torch.where(rows > 0, layout.num_tokens(rows, cols) - state.step, 0)
-        begun = torch.where(state.step > 2, layout.num_tokens(state.rows, state.cols) - state.step, 0)
-        missing = torch.maximum(asked - room, begun - (self.model.config.max_position_embeddings - lengths))
+        context = self.model.config.max_position_embeddings
+        begun = state.step > 0
+        own_rows, own_cols = (x.clamp(min=layout.codes_per_size_unit) for x in (state.rows, state.cols))  # at least
+        is_asked = (rows > 0) & (~begun | ((rows == own_rows) & (cols == own_cols)))
+        rows, cols = (torch.where(begun, own, x) for own, x in ((own_rows, rows), (own_cols, cols)))
+        needed = torch.where(begun | is_asked, layout.num_tokens(rows, cols) - state.step, 0)
+        missing = needed - torch.where(is_asked | (begun & (state.step < 3)), room, context - lengths)
         if bool((missing > 0).any()):
             row = int(missing.argmax())
-            size = [int(torch.maximum(*sides)[row]) for sides in ((rows, state.rows), (cols, state.cols))]
             raise ValueError(
-                f"row {row}: an image of {size[0]}x{size[1]} codes takes {int(torch.maximum(asked, begun)[row])} more"
-                f" tokens, and {int(room[row])} are left (context {self.model.config.max_position_embeddings}, prompt"
-                f" {int(lengths[row])}, max_new_tokens {max_new_tokens})."
+                f"row {row}: an image of {int(rows[row])}x{int(cols[row])} codes takes {int(needed[row])} more tokens,"
+                f" and {int(room[row])} are left (context {context}, prompt {int(lengths[row])},"
+                f" max_new_tokens {max_new_tokens})."
             )
         return state
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import load_image
 
@@ -119,6 +119,8 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             )
         if not all(len(entry) == 4 and all(isinstance(value, int) for value in entry[1:]) for entry in self.palette):
             raise ValueError(f"palette {self.palette}: accepted is a list of [name, red, green, blue]")
+        if len(self.palette) > 256:
+            raise ValueError(f"a palette of {len(self.palette)} classes: accepted are up to 256")
         return self.palette
 
     def find_box(self, drawn: Image.Image, source: Image.Image) -> tuple[int, int, int, int] | None:
@@ -293,12 +295,15 @@ COLOR_FIXES = {"wavelet": wavelet_color_fix, "adain": adain_color_fix}
 def _opened(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
     """With all pixels read and the right side up."""
     what = f"{len(source)} bytes" if isinstance(source, bytes) else str(source)[:200]
-    is_url = isinstance(source, str) and source.startswith(("http://", "https://"))
-    if is_url:
+    if isinstance(source, str) and source.startswith(("http://", "https://")):
         what = what.partition("?")[0]  # what follows may be a key
+        try:
+            source = load_image(source, timeout=URL_TIMEOUT_S)
+        except Exception as error:  # of the network, or of the decoder
+            raise ValueError(f"{what}: cannot be fetched, or no picture: {type(error).__name__}") from error
     try:
-        if is_url or what.startswith("data:"):
-            image = load_image(source, timeout=URL_TIMEOUT_S)
+        if what.startswith("data:"):
+            image = load_image(source)
         elif isinstance(source, Image.Image):
             image = source
         else:
@@ -306,8 +311,6 @@ def _opened(source: str | os.PathLike | bytes | Image.Image) -> Image.Image:
         image.load()  # a file that was cut short shows only now
         return ImageOps.exif_transpose(image)
     except Exception as error:  # there is no end to what decoders stumble over
-        if is_url and not isinstance(error, UnidentifiedImageError):
-            raise ValueError(f"{what}: cannot be fetched: {type(error).__name__}") from error
         if isinstance(error, OSError) and error.errno is not None and not isinstance(source, Image.Image):
             raise type(error)(error.errno, error.strerror, str(source)) from error
         reason = f": {error}" if isinstance(error, Image.DecompressionBombError) else ""

@@ -9,7 +9,6 @@ control tokens in it stay plain text, except for the placeholder.
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from itertools import chain, islice
 from typing import Any
 
@@ -406,10 +405,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
         encoded = []
         for message in messages:
             content = message["content"]
-            if not isinstance(content, str):
+            if not isinstance(content, str) and "input_ids" not in message:
                 content = [
-                    {"type": "image", "image": self.encode_image(*_held(item))} if _held(item) else item
-                    for item in content
+                    {"type": "image", "image": self.encode_image(held)} if held is not None else item
+                    for item, held in ((item, _held(item)) for item in content)
                 ]
             encoded.append({**message, "content": content})
         return encoded
@@ -475,8 +474,9 @@ class LuminaMGPTProcessor(ProcessorMixin):
             raise ValueError(f"task {task!r} takes {'no' if prompt else 'a'} prompt")
         if bool(condition) != ("{condition}" in template):
             raise ValueError(f"task {task!r} takes {'no' if condition else 'a'} condition")
-        if condition and condition not in CONDITIONS and get_close_matches(condition, CONDITIONS, cutoff=0.75):
-            raise ValueError(f"condition {condition!r}: accepted are {', '.join(CONDITIONS)}, or more words")
+        meant = (condition or "").strip().lower()
+        if condition not in CONDITIONS and meant and any(meant in (name, name[:-1]) for name in CONDITIONS):
+            raise ValueError(f"condition {condition!r}: accepted are {', '.join(CONDITIONS)}, or a subject in words")
         if self._size_prefix(height, width) == []:
             template = template.replace(" of {width}x{height}", "")
         shown = CONDITIONS.get(condition or "", condition)
@@ -494,6 +494,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """
         self.check_task(task, allow_untrained)
         before, *after = self.task_prompt(task, prompt, **options).split(IMAGE)
+        if len(after) > 1:
+            raise ValueError(f"prompt {prompt!r}: accepted is text without {IMAGE}")
         if len(after) != (image is not None):
             raise ValueError(f"task {task!r} takes {'an' if after else 'no'} image")
         content = [{"type": "text", "text": before}]
@@ -687,9 +689,10 @@ def _check_messages(messages: Any) -> None:
             raise ValueError(f"input_ids {message['input_ids']!r}: accepted is one row of ids")
 
 
-def _held(item: dict[str, Any]) -> list[Any]:
-    """The image that an item of a message holds, if any."""
-    return [item[key] for key in ("image", "path", "url") if item.get(key) is not None][:1]
+def _held(item: dict[str, Any]) -> Any:
+    """The image that an item of a message holds, or None."""
+    found = (item[key] for key in ("image", "path", "url") if item.get(key) is not None)
+    return next(found, None) if item["type"] == "image" else None
 
 
 def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]:
@@ -699,7 +702,7 @@ def _message_images(messages: Sequence[dict[str, Any]], given: Any) -> list[Any]
     for message in messages:
         content = message["content"] if "input_ids" not in message else []
         for item in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            held = _held(item)
+            held = [] if _held(item) is None else [_held(item)]
             num_places = 1 if item["type"] == "image" else item["text"].count(IMAGE)
             found += held or islice(left, num_places)
     return [*found, *left]

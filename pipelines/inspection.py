@@ -68,11 +68,15 @@ def watch(pipe: "LuminaMGPTPipeline", prompt: str | None, **call: Any) -> Watche
 
     output: Any = pipe(prompt, logits_processor=[see], **call)
     picture = output.images[0]
-    if picture is None:
-        raise ValueError(f"prompt {prompt!r}: the model drew no picture to look into")
+    if picture is None or output.panels is not None:
+        raise ValueError(
+            f"prompt {prompt!r}: accepted are tasks whose answer is one picture; this drew none, or panels"
+        )
     start = int((ids == uni_rep.start_id).nonzero()[-1])
     rows, cols = (int(size) * uni_rep.codes_per_size_unit for size in uni_rep.size_of_id(ids[start + 1 : start + 3]))
     codes_at = start + 3 + torch.arange(rows)[:, None] * (cols + 1) + torch.arange(cols)
+    if codes_at.max() >= len(ids):
+        raise ValueError(f"prompt {prompt!r}: the picture was cut short")
     num_given = len(ids) - len(entropies) + 1  # the last scores were for a token after `ids`
     nats = torch.cat(entropies).cpu()[(codes_at - num_given).clamp(min=0)].masked_fill(codes_at < num_given, 0)
     return Watched(prompt or str(call.get("task")), picture, ids[: codes_at.max() + 1], codes_at, nats)
@@ -187,6 +191,8 @@ def draw_settings(pipe: "LuminaMGPTPipeline", prompt: str | None, seed: int, **c
         generators = [torch.Generator().manual_seed(seed) for _ in values]
         settings: dict[str, Any] = {"prompt": [prompt] * len(values), name: values} | call
         output: Any = pipe(generator=generators, **settings)
+        if None in output.images:
+            raise ValueError(f"prompt {prompt!r}: the model drew no picture with every {name} of {values}")
         rows.append((name, values, [_fit(picture, CELL_PX) for picture in output.images]))
     width, height = (side + GAP_PX for side in rows[0][2][0].size)
     most, row_px = max(len(values) for _, values, _ in rows), height + 2 * LINE_PX

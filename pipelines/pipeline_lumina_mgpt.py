@@ -64,7 +64,15 @@ OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
     "input_ids": "accepted is a prompt",
     "attention_mask": "accepted is a prompt",
 }
-SAMPLING = ("guidance_scale", "image_top_k", "text_top_k", "image_temperature", "text_temperature")
+SAMPLING = (
+    "guidance_scale",
+    "top_k",
+    "image_top_k",
+    "text_top_k",
+    "temperature",
+    "image_temperature",
+    "text_temperature",
+)
 PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "generator", *SAMPLING)
 
 
@@ -287,7 +295,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             part, own = requests[first : first + batch_size], slice(first * copies, (first + batch_size) * copies)
             generate_kwargs["generator"] = generator[own] if isinstance(generator, list | tuple) else generator
             callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            rows += self._answers(task, part, copies, *callback, **generate_kwargs)
+            rows += self._answers(task, part, copies, *callback, dict(generate_kwargs))
             if self.interrupt:
                 break
         rows += [Row(request, "") for request in requests for _ in range(copies)][len(rows) :]  # if interrupted
@@ -444,7 +452,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             image, code_px = image_processor.load(image), unit_px // self.processor.codes_per_size_unit
             num_rows = round(image.height * request.width / image.width / code_px)
             height_px = min(max(num_rows, 1), height_px // code_px - 1) * code_px
-            image = image.crop((0, 0, image.width, min(image.height, round(height_px * image.width / request.width))))
+            kept_px = max(1, round(height_px * image.width / request.width))
+            image = image.crop((0, 0, image.width, min(image.height, kept_px)))
         return self.processor.encode_images([image], size=(request.width, height_px))[0]
 
     def _begun(self, upper_rows: Tensor, height: int, width: int) -> Tensor:
@@ -484,7 +493,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         copies: int,
         callback: Callable | None,
         tensor_inputs: list[str],
-        **generate_kwargs,
+        generate_kwargs: dict[str, Any],
     ) -> list[Row]:
         """What the model says to requests, in one batch; pictures as codes."""
         # 1. Prompts to ids

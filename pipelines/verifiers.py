@@ -157,10 +157,12 @@ class ChatPromptEnhancer:
 
         def ask():
             try:
-                with urlopen(request, timeout=self.timeout_s) as response:
+                try:
+                    response = urlopen(request, timeout=self.timeout_s)
+                except HTTPError as error:
+                    response = error  # its body says why
+                with response:
                     answer.append((response.status, response.read()))
-            except HTTPError as error:  # its body says why
-                answer.append((error.status, error.read()))
             except Exception as error:
                 answer.append(error)
 

@@ -247,6 +247,29 @@ def test_noise_is_gumbel_and_reproducible():
     assert len(noise.unique()) > 0.99 * noise.numel()
 
 
+def test_a_picture_has_room_however_it_begins(model, tiny_processor):
+    """Asked for, or begun in the prompt by the start token, a size, all sizes or some codes."""
+    (begun,) = tiny_processor("a", height=32, width=32)["input_ids"].tolist()
+    bos, start, size = begun[0], *begun[-3:-1]
+    codes = tiny_processor.uni_rep.code_ids[:3].tolist()
+    model.generate(torch.tensor([begun]), height=160, width=160, max_new_tokens=3)  # another size than the one begun
+    model.generate(torch.tensor([begun]), max_new_tokens=None)  # as if not given
+    for ids, asked, needed in (
+        ([bos], {"height": 32, "width": 32}, 24),
+        (begun, {"height": 32, "width": 32}, 21),
+        (begun + codes, {"height": 32, "width": 32}, 18),
+        ([bos, start], {}, 9),
+        ([bos, start, size], {}, 14),
+    ):
+        for short in (0, 1):
+            call = {**asked, "max_new_tokens": needed - short, "do_sample": False}
+            if not short:
+                tiny_processor.split_ids(model.generate(torch.tensor([ids]), **call)[0])
+                continue
+            with pytest.raises(ValueError, match=f"takes {needed} more tokens, and {needed - 1} are left"):
+                model.generate(torch.tensor([ids]), **call)
+
+
 def test_entropy_top_k_is_the_references():
     """Scores of PURE's vocabulary, masked to its image codes; from flat to steep."""
     generator = torch.Generator().manual_seed(11)

@@ -47,6 +47,8 @@ def test_pictures_of_every_task_are_watched_where_they_were_drawn(tiny_pipe):
     picture = Image.effect_noise((64, 32), 60).convert("RGB")
     begun = watch(tiny_pipe, "a", image=picture, task="complete", height=64, width=64)
     assert (begun.entropy[:4] == 0).all() and (begun.entropy[4:] > 0).all()
+    with pytest.raises(ValueError, match="this drew none, or panels"):
+        watch(tiny_pipe, "a", task="pair", condition="depth", height=32, width=32)
     edited = watch(tiny_pipe, "a", image=picture)
     assert edited.codes_at.shape == (6, 10) and (edited.entropy > 0).all()
     uni_rep = tiny_pipe.processor.uni_rep
