@@ -194,7 +194,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
                 "config.image_layout is None: take it from UniRep.from_tokenizer(tokenizer).layout_dict()."
             )
         settings = self._decoding_settings(generation_config, kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name != "max_new_tokens" or value is not None}
+        if kwargs.get("max_new_tokens", 0) is None:
+            del kwargs["max_new_tokens"]  # or stock would forget the generation config's
         given = kwargs.pop("input_ids", None)
         if (inputs is None) == (given is None):
             raise ValueError(f"{'no' if given is None else 'both inputs and'} input_ids; accepted is one of them.")

@@ -238,7 +238,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         """
         if not isinstance(images, list | tuple):
             raise ValueError(f"images of type {type(images).__name__}: accepted is a list of pictures")
-        code_px = self.size_unit_px // self.codes_per_size_unit
+        code_px = self.uni_rep.code_px
         is_size = isinstance(size, list | tuple) and len(size) == 2
         if size is not None and not (is_size and all(is_whole(px, 1) and px % code_px == 0 for px in size)):
             raise ValueError(f"size {size!r}: accepted is (width_px, height_px), multiples of {code_px}")
@@ -269,7 +269,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
             raise ValueError(f"codes {codes!r}: accepted is a list with (rows, cols) of each picture")
         codes = [self.uni_rep.checked_codes(grid) for grid in codes]
         pictures: list[Any] = [None] * len(codes)
-        for chunk in _chunks(codes, px=self.size_unit_px // self.codes_per_size_unit):
+        for chunk in _chunks(codes, px=self.uni_rep.code_px):
             pixels = self._decode_codes(torch.stack([codes[i] for i in chunk]))
             for i, picture in zip(chunk, self.image_processor.postprocess(pixels), strict=True):
                 pictures[i] = picture

@@ -45,6 +45,11 @@ class ImageLayout:
     codes_per_size_unit: int
     _tensors: dict[Any, Tensor] = field(default_factory=dict, init=False, repr=False)
 
+    @property
+    def code_px(self) -> int:
+        """Pixels on each side of a code."""
+        return self.size_unit_px // self.codes_per_size_unit
+
     def layout_dict(self) -> dict[str, Any]:
         """The plain values that restore this layout: `ImageLayout(**layout_dict)`."""
         return {f.name: getattr(self, f.name) for f in fields(ImageLayout) if f.init}

@@ -261,10 +261,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs, task)
         if color_fix is not None:
             self.processor.image_processor.check_color_fix(color_fix)
-        callables = {"callback_on_step_end": callback_on_step_end, "verifier": verifier}
-        for name, value in {**callables, "prompt_enhancer": prompt_enhancer}.items():
-            if value is not None and not callable(value):
-                raise ValueError(f"{name} {value!r}: accepted is something to call")
+        _check_callables(callback_on_step_end=callback_on_step_end, verifier=verifier, prompt_enhancer=prompt_enhancer)
         copies = _num_copies(num_images_per_prompt, best_of, verifier)
         given = _requests(
             prompt=prompt,
@@ -432,9 +429,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             if asked.continues:
                 request.codes = self._upper_rows(request, asked.num_panels)
             if request.height is None and asked.answer == "image":
-                code_px = uni_rep.size_unit_px // uni_rep.codes_per_size_unit
                 rows, cols = request.codes.shape
-                request.height, request.width = rows * asked.num_panels * code_px, cols * code_px
+                request.height, request.width = rows * asked.num_panels * uni_rep.code_px, cols * uni_rep.code_px
 
     def _upper_rows(self, request: Request, num_panels: int) -> Tensor:
         """Codes of what a picture begins with: a whole panel, or as many rows as the image has in that width."""
@@ -449,7 +445,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             return self.processor.encode_image(image, max(target_px, unit_px))
         height_px = request.height // num_panels
         if num_panels == 1:  # of a picture that is too high, the top
-            image, code_px = image_processor.load(image), unit_px // self.processor.codes_per_size_unit
+            image, code_px = image_processor.load(image), self.processor.uni_rep.code_px
             num_rows = round(image.height * request.width / image.width / code_px)
             height_px = min(max(num_rows, 1), height_px // code_px - 1) * code_px
             kept_px = max(1, round(height_px * image.width / request.width))
@@ -500,11 +496,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         inputs = self._encode_prompts(task, requests)
         if any(request.negative_prompt for request in requests):
             generate_kwargs |= self._encode_negative_prompts(task, requests)
-        if self.processor.tasks[task].answer == "image":  # such an answer ends with its picture
-            uni_rep = self.processor.uni_rep
+        answer, uni_rep = self.processor.tasks[task].answer, self.processor.uni_rep
+        if answer == "image":  # such an answer ends with its picture
             generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
-        if self.processor.tasks[task].answer == "text":
-            generate_kwargs.setdefault("suppress_tokens", [self.processor.uni_rep.start_id])
+        elif answer == "text":
+            generate_kwargs.setdefault("suppress_tokens", [uni_rep.start_id])
 
         # 2. Generate
         sizes = {name: [getattr(request, name) for request in requests] for name in ("height", "width")}
@@ -553,10 +549,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def _decode_rows(self, task: str, rows: list[Row]) -> None:
         """Gives the rows their pictures, and the boxes found in them."""
-        for name in ("picture", "panel"):
-            codes = [row.codes if name == "picture" else row.panel_codes for row in rows]
-            for row, picture in zip(rows, self._decode(codes), strict=True):
-                setattr(row, name, picture)
+        for row, picture in zip(rows, self._decode([row.codes for row in rows]), strict=True):
+            row.picture = picture
+        for row, panel in zip(rows, self._decode([row.panel_codes for row in rows]), strict=True):
+            row.panel = panel
         if task == "detection":
             for row, source in zip(rows, self._decode([row.request.codes for row in rows]), strict=True):
                 if row.picture is not None and row.picture.size == source.size:
@@ -769,6 +765,12 @@ def _requests(sampling: dict[str, Any], **given: Any) -> list[Request]:
         )
         for i in range(num_prompts)
     ]
+
+
+def _check_callables(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None and not callable(value):
+            raise ValueError(f"{name} {value!r}: accepted is something to call")
 
 
 def _check_generators(generator: Any, num_rows: int) -> None:
