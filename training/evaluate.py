@@ -447,9 +447,8 @@ def contact_sheet(pictures: Sequence[dict], images: Sequence[Image.Image], colum
     return sheet
 
 
-def run_evaluation(
+def score(
     pipe: "LuminaMGPTPipeline",
-    output_dir: str | Path,
     num_per_category: int = 50,
     height: int | None = None,
     width: int | None = None,
@@ -457,8 +456,8 @@ def run_evaluation(
     batch_size: int = 16,
     guidance_scale: float | None = None,
     best_of: int = 1,
-) -> dict:
-    """Scores a pipeline: prints the table, writes scores.json and contact_sheet.png.
+) -> tuple[dict, list[Image.Image]]:
+    """Judges what a pipeline draws of held-out sentences: `evaluate`'s report, with the settings, and the pictures.
 
     Args:
         height, width: in pixels; the model's default size if None.
@@ -482,7 +481,14 @@ def run_evaluation(
 
     pipe.set_progress_bar_config(disable=True)  # one for each batch says little
     report, images = evaluate(draw, num_per_category, height_px, width_px, seed, max(1, batch_size // best_of))
-    report = {"model": config.name_or_path, "guidance_scale": guidance_scale, "best_of": best_of, **report}
+    return {"model": config.name_or_path, "guidance_scale": guidance_scale, "best_of": best_of, **report}, images
+
+
+def run_evaluation(
+    pipe: "LuminaMGPTPipeline", output_dir: str | Path, num_per_category: int = 50, **options: Any
+) -> dict:
+    """Scores a pipeline, with the options of `score`: prints the table, writes scores.json and contact_sheet.png."""
+    report, images = score(pipe, num_per_category, **options)
     print(format_report(report))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)

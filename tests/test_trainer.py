@@ -1,0 +1,301 @@
+"""The trainer: losses exact however records are batched, work that is never lost, and steps that must not count."""
+
+import os
+import random
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from torch.nn import functional as F
+from trl import SFTConfig
+
+from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.training.trainer import (
+    WHOLE,
+    Collator,
+    Diverged,
+    LuminaMGPTTrainer,
+    SampleCallback,
+    Stopped,
+    last_checkpoint,
+    pack,
+)
+
+TASKS = ["caption", "edit"]
+
+
+@pytest.fixture
+def records(tiny_processor):
+    """Twelve records of two tasks and several lengths."""
+    rng = random.Random(0)
+    found = []
+    for i in range(12):
+        picture = torch.randint(64, (2, 2 * rng.randint(1, 3)), generator=torch.Generator().manual_seed(i))
+        turns = ["what is it? <|image|>", "a sphere " * rng.randint(1, 4)]
+        images = [picture]
+        if i % 3:
+            turns, images = ["change it <|image|>", "<|image|>"], [picture, picture.flip(0)]
+        record = tiny_processor.encode_conversation(turns, images)
+        found.append({**record, "task": TASKS[bool(i % 3)], "length": len(record["input_ids"])})
+    return Dataset.from_list(found)
+
+
+@pytest.fixture
+def make_trainer(records, tiny_config, tiny_processor, tmp_path):
+    """Makes trainers of one tiny model; what is not said is as in the first."""
+    uni_rep = tiny_processor.uni_rep
+
+    def make(name="run", dataset=records, context_drop=0.0, model=None, options=None, **values):
+        torch.manual_seed(0)
+        defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4}
+        defaults |= {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "report_to": "none", "use_cpu": True}
+        defaults |= {
+            "bf16": False,
+            "gradient_checkpointing": False,
+            "disable_tqdm": True,
+            "prediction_loss_only": True,
+        }
+        arguments = SFTConfig(
+            output_dir=str(tmp_path / name),
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            loss_type="nll",
+            **{**defaults, **values},
+        )
+        common = (tiny_config().pad_token_id, uni_rep.start_id, uni_rep.end_id, TASKS)
+        return LuminaMGPTTrainer(
+            model=model or LuminaMGPTForConditionalGeneration(tiny_config()),
+            args=arguments,
+            train_dataset=dataset,
+            data_collator=Collator(*common, context_drop=context_drop),
+            eval_collator=Collator(*common),
+            processing_class=tiny_processor.tokenizer,
+            **(options or {}),
+        )
+
+    return make
+
+
+def logged(trainer, name="loss"):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def weights(trainer):
+    return {name: weight.detach().clone() for name, weight in trainer.model.state_dict().items()}
+
+
+def same(left, right):
+    return all(torch.equal(weight, right[name]) for name, weight in left.items())
+
+
+def test_losses_are_those_of_full_logits(make_trainer, records):
+    trainer = make_trainer(max_steps=1, per_device_train_batch_size=12)
+    model, sums = trainer.model, {task: [0.0, 0] for task in TASKS}
+    z_sum = 0.0
+    for record in records:
+        ids, labels = torch.tensor([record["input_ids"]]), torch.tensor([record["labels"]])
+        with torch.no_grad():
+            logits = model(ids, use_cache=False).logits[0, :-1]
+        counted = labels[0, 1:] >= 0
+        own = sums[record["task"]]
+        own[0] += F.cross_entropy(logits[counted], labels[0, 1:][counted], reduction="sum").item()
+        own[1] += int(counted.sum())
+        z_sum += logits[counted].logsumexp(-1).square().sum().item()
+    trainer.train()
+    (log,) = [entry for entry in trainer.state.log_history if "loss" in entry]
+    total, count = (sum(own[i] for own in sums.values()) for i in (0, 1))
+    assert log["predicted_tokens"] == count
+    assert log["z_loss"] == pytest.approx(z_sum / count, rel=1e-5)
+    assert log["loss"] == pytest.approx((total + 1e-5 * z_sum) / count, rel=1e-5)
+    for task, (own, num) in sums.items():
+        assert log[f"loss_{task}"] == pytest.approx(own / num, rel=1e-5)
+    assert log["tokens_per_second"] > 0 and 0 < log["mfu"] < 1
+
+
+def test_packed_accumulated_and_padded_steps_are_one(make_trainer, records):
+    whole = make_trainer("whole", max_steps=2, per_device_train_batch_size=12)
+    parts = make_trainer("parts", max_steps=2, per_device_train_batch_size=3, gradient_accumulation_steps=4)
+    packed = pack(records, 128)
+    assert len(packed) < 12 and sorted(len(r["input_ids"]) for row in packed for r in row["records"]) == sorted(
+        records["length"]
+    )
+    rows = make_trainer("packed", dataset=packed, max_steps=2, per_device_train_batch_size=len(packed))
+    for trainer in (whole, parts, rows):
+        trainer.train()
+    for other in (parts, rows):
+        assert logged(other) == pytest.approx(logged(whole), rel=1e-5)
+        assert logged(other, "loss_edit") == pytest.approx(logged(whole, "loss_edit"), rel=1e-5)
+        assert logged(other, "grad_norm") == pytest.approx(logged(whole, "grad_norm"), rel=1e-4)
+
+
+def test_packing_fills_rows_and_refuses_nothing_that_fits():
+    dataset = Dataset.from_dict({"length": [5, 5, 3, 7, 2, 10], "input_ids": [[i] for i in range(6)]})
+    rows = pack(dataset, 10)
+    assert sorted(rows["length"]) == [2, 10, 10, 10]
+    assert sorted(record["input_ids"][0] for row in rows for record in row["records"]) == [*range(6)]
+
+
+def test_context_drop_in_packed_rows_leaves_the_picture_alone(make_trainer, records, tiny_processor):
+    trainer = make_trainer(dataset=pack(records, 128), context_drop=1.0)
+    batch = trainer.data_collator(list(trainer.train_dataset))
+    starts = (batch["position_ids"] == 0) & (batch["task_ids"] >= 0)
+    edits = starts & (batch["task_ids"] == TASKS.index("edit"))
+    assert int(starts.sum()) == 12 and int(edits.sum()) == 8
+    assert (batch["input_ids"][edits] == tiny_processor.uni_rep.start_id).all()
+    assert (batch["labels"][starts] == -100).all()  # what precedes is another record's
+
+
+def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
+    first = make_trainer(train_sampling_strategy="group_by_length")._get_train_sampler()
+    again = make_trainer(train_sampling_strategy="group_by_length")._get_train_sampler()
+    orders = []
+    for epoch in (0, 1):
+        first.set_epoch(epoch)
+        again.set_epoch(epoch)
+        orders.append(list(first))
+        torch.rand(3)
+        assert orders[-1] == list(again)
+    assert orders[0] != orders[1] and sorted(orders[0]) == [*range(12)]
+
+
+@pytest.mark.parametrize("stop_after", [1, 3, 4])
+def test_a_run_resumes_bit_for_bit(make_trainer, stop_after):
+    whole = make_trainer("whole", max_steps=5, context_drop=0.5)
+    whole.train()
+    half = make_trainer("halves", max_steps=5, context_drop=0.5)
+    step = half.training_step
+
+    def stopping(*args, **kwargs):
+        if half.state.global_step == stop_after:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    half.training_step = stopping
+    with pytest.raises(KeyboardInterrupt):
+        half.train()
+    rest = make_trainer("halves", max_steps=5, context_drop=0.5)
+    rest.train()
+    assert same(weights(whole), weights(rest))
+    assert logged(whole) == logged(rest)
+
+
+def test_half_a_checkpoint_is_none(make_trainer, tmp_path):
+    make_trainer(max_steps=2, save_total_limit=2).train()
+    broken = tmp_path / "run" / "checkpoint-3"
+    broken.mkdir()
+    (broken / "model.safetensors").write_bytes(b"half")
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    trainer = make_trainer(max_steps=3, save_total_limit=2)
+    trainer.train()
+    assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+
+
+def test_a_full_disk_keeps_the_last_whole_checkpoint(make_trainer, tmp_path, monkeypatch):
+    trainer = make_trainer(max_steps=3, save_total_limit=1)
+    save = trainer._save_optimizer_and_scheduler
+
+    def full(folder):
+        if folder.endswith("checkpoint-2"):
+            raise OSError(28, "No space left on device")
+        save(folder)
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match=r"checkpoint-2 could not be saved: .*No space left.*checkpoint-1"):
+        trainer.train()
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-1"]
+    make_trainer(max_steps=3, save_total_limit=1).train()
+    assert (tmp_path / "run" / "checkpoint-3" / WHOLE).exists()
+
+
+def test_sigterm_saves_the_step_and_stops(make_trainer, tmp_path):
+    whole = make_trainer("whole", max_steps=4)
+    whole.train()
+    trainer = make_trainer(max_steps=4, save_steps=100)
+    step = trainer.training_step
+
+    def told(*args, **kwargs):
+        if trainer.state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    trainer.training_step = told
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped:
+        trainer.train()
+    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) == before
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-*")] == ["checkpoint-2"]
+    rest = make_trainer(max_steps=4, save_steps=100)
+    rest.train()
+    assert same(weights(whole), weights(rest))
+
+
+class Poisoned:
+    """Multiplies the loss at some steps."""
+
+    def __init__(self, trainer, factors):
+        self.trainer, self.factors, self.compute_loss = trainer, factors, trainer.compute_loss
+
+    def __call__(self, model, inputs, *args, **kwargs):
+        factor = self.factors.get(self.trainer.state.global_step, 1)
+        before = self.trainer._sums.clone()
+        loss = self.compute_loss(model, inputs, *args, **kwargs)
+        self.trainer._sums[:-1, 0] = before[:-1, 0] + (self.trainer._sums - before)[:-1, 0] * factor
+        return loss * factor
+
+
+@pytest.mark.parametrize(("step", "factor", "says"), [(2, float("nan"), "nan"), (7, 100.0, "times the median")])
+def test_a_broken_step_changes_nothing_and_says_so(make_trainer, capfd, step, factor, says):
+    trainer = make_trainer(max_steps=9, context_drop=0.0)
+    trainer.compute_loss = Poisoned(trainer, {step: factor})
+    seen = {}
+    original = trainer._get_grad_norm
+
+    def watched(model, grad_norm=None):
+        seen[trainer.state.global_step] = weights(trainer)
+        return original(model, grad_norm)
+
+    trainer._get_grad_norm = watched
+    trainer.train()
+    assert same(seen[step], seen[step + 1]) and not same(seen[step + 1], seen[step + 2 if step < 7 else step - 1])
+    assert f"step {step + 1} changed nothing" in (said := capfd.readouterr().err) and says in said
+    assert logged(trainer, "skipped_steps") == [1]
+    assert all(loss == loss for loss in logged(trainer))
+
+
+def test_a_run_that_stays_broken_ends_with_its_last_checkpoint(make_trainer):
+    trainer = make_trainer(max_steps=9, options={"max_skipped_steps": 3})
+    trainer.compute_loss = Poisoned(trainer, dict.fromkeys(range(2, 9), float("inf")))
+    with pytest.raises(Diverged, match=r"3 steps in a row.*checkpoint-4"):
+        trainer.train()
+
+
+def test_evaluation_counts_tokens_and_drops_no_context(make_trainer, records):
+    options = {"eval_dataset": records, "extra_metrics": lambda: {"judge_overall": 0.5}}
+    trainer = make_trainer(context_drop=1.0, options=options, per_device_eval_batch_size=5)
+    metrics = trainer.evaluate()
+    means, counts = [], []
+    for record in records:
+        output = trainer.model(torch.tensor([record["input_ids"]]), labels=torch.tensor([record["labels"]]))
+        counts.append(sum(label >= 0 for label in record["labels"][1:]))
+        means.append(output.loss.item())
+    expected = sum(m * n for m, n in zip(means, counts, strict=True)) / sum(counts)
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-5)
+    assert metrics["eval_judge_overall"] == 0.5 and metrics["eval_loss_caption"] > 0
+    assert {"eval_judge_overall": 0.5}.items() <= trainer.state.log_history[-1].items()
+
+
+def test_samples_become_files_and_reported_pictures(make_trainer, tmp_path):
+    from PIL import Image
+
+    pytest.importorskip("tensorboard")
+    trainer = make_trainer(max_steps=4, report_to="tensorboard")
+    sheet = Image.new("RGB", (32, 16), "red")
+    trainer.add_callback(SampleCallback(trainer, lambda: sheet, 2, tmp_path / "samples"))
+    trainer.train()
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == ["step-000002.png", "step-000004.png"]
+    events = b"".join(path.read_bytes() for path in Path(tmp_path).rglob("events.out.tfevents*"))
+    assert events.count(b"samples") >= 2

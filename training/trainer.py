@@ -1,0 +1,463 @@
+"""TRL's trainer for conversations of text and pictures, and what feeds it.
+
+What differs from stock: the model's own loss (cross-entropy and z-loss, without the logits) in place of TRL's fused
+head; losses logged for each task; contexts dropped anew at each epoch; a checkpoint that counts only when it is whole;
+and steps with a broken or spiking loss that leave the weights alone.
+"""
+
+import math
+import random
+import shutil
+import signal
+import statistics
+import sys
+import time
+from bisect import bisect_left, insort
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LengthGroupedSampler
+from trl import SFTTrainer
+
+IGNORED_LABEL = -100
+WHOLE = "whole"  # the file that a checkpoint gets last
+LOGGED = 40  # log entries whose median loss a spike is measured by; with fewer than five losses there are no spikes
+# Dense bfloat16 FLOPs a second, from the makers' data sheets.
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a loss that could not be used."""
+
+
+class Stopped(SystemExit):
+    """The run was told to stop, and has saved a checkpoint; exit code as after SIGTERM."""
+
+
+@dataclass
+class Collator:
+    """Rows of a dataset -> one batch: encodes what is not encoded, drops some contexts, and pads on the right.
+
+    Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
+    from that picture's start on are left, without the final end-of-turn. Whether that happens depends on the record,
+    the epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
+
+    Attributes:
+        tasks: names that `task_ids` count.
+        encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
+    """
+
+    pad_id: int
+    image_start_id: int
+    image_end_id: int
+    tasks: Sequence[str]
+    context_drop: float = 0.0
+    seed: int = 0
+    encode: Callable[[list[dict], int], list[dict]] | None = None
+    shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
+
+    @property
+    def epoch(self) -> int:
+        return int(self.shared_epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self.shared_epoch.fill_(epoch)  # seen by loader processes that live on
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """A batch of as many rows; those of a packed dataset hold several records, which follow each other.
+
+        Returns:
+            `input_ids`, `labels` and `task_ids` (-1 on padding), int64 (batch, length); `attended`, int64 (batch): how
+            many pairs of tokens attention compares; and of packed rows `position_ids`, which start anew with each
+            record. There is no attention mask: nothing that counts comes after the padding.
+        """
+        packed = "records" in rows[0]
+        records = [record for row in rows for record in row["records"]] if packed else rows
+        if self.encode is not None:
+            records = self.encode(records, self.epoch)
+        ready = iter([self._ready(record) for record in records])
+        lines = [[next(ready) for _ in row["records"]] for row in rows] if packed else [[one] for one in ready]
+        length = max(sum(len(ids) for ids, _, _ in line) for line in lines)
+        batch = {
+            "input_ids": [_joined([ids for ids, _, _ in line], length, self.pad_id) for line in lines],
+            "labels": [_joined([labels for _, labels, _ in line], length, IGNORED_LABEL) for line in lines],
+            "task_ids": [_joined([[task] * len(ids) for ids, _, task in line], length, -1) for line in lines],
+            "attended": [sum(len(ids) * (len(ids) + 1) // 2 for ids, _, _ in line) for line in lines],
+        }
+        if packed:
+            batch["position_ids"] = [_positions([len(ids) for ids, _, _ in line], length) for line in lines]
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+    def _ready(self, record: dict) -> tuple[list[int], list[int], int]:
+        """Ids, labels and task; the first label is none, since in a packed row another record's token precedes it."""
+        ids, labels = self._drop(list(record["input_ids"]), list(record["labels"]))
+        return ids, [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
+
+    def _drop(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
+        draw = random.Random(f"{self.seed}/{self.epoch}/{ids}").random()
+        if draw >= self.context_drop or labels[-2] != self.image_end_id:
+            return ids, labels
+        start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
+        return ids[start:-1], labels[start:-1]
+
+
+def _joined(parts: list[list[int]], length: int, filler: int) -> list[int]:
+    joined = [value for part in parts for value in part]
+    return joined + [filler] * (length - len(joined))
+
+
+def _positions(lengths: list[int], length: int) -> list[int]:
+    return [position for num in (*lengths, length - sum(lengths)) for position in range(num)]
+
+
+def pack(dataset: Dataset, num_tokens: int) -> Dataset:
+    """Rows of records that have at most so many tokens together: the longest first, each where least room is left.
+
+    Args:
+        dataset: with a column `length`, none of which is above `num_tokens`.
+
+    Returns:
+        A dataset with `records` (read when they are asked for) and `length`.
+    """
+    lengths = list(dataset["length"])
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[i], 0))
+        room, row = rooms.pop(place) if place < len(rooms) else (num_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(rooms, (room - lengths[i], row))
+
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        return {"records": [[dataset[i] for i in row] for row in batch["records"]], "length": batch["length"]}
+
+    packed = Dataset.from_dict({"records": rows, "length": [sum(lengths[i] for i in row) for row in rows]})
+    return packed.with_transform(read, columns=["records", "length"])
+
+
+class LuminaMGPTTrainer(SFTTrainer):
+    """TRL's trainer with the model's own loss and this package's rules.
+
+    Args:
+        eval_collator: of the evaluation's data; the training's would drop contexts.
+        spike_factor: a step whose loss is above so many times the median of those logged before is left out.
+        max_skipped_steps: after so many steps in a row that were left out, the run ends.
+        extra_metrics: called after each evaluation; its numbers are logged with it.
+
+    Logged besides stock's, over all processes and exact to the token: `loss` and `loss_<task>` (nats a predicted
+    token, the z-loss's share included in `loss` only), `z_loss`, `predicted_tokens` a step, `tokens_per_second`,
+    `mfu` (FLOPs that the model needs, of those that the device can do) and `skipped_steps`.
+
+    Raises:
+        Diverged: after `max_skipped_steps`.
+        Stopped: after SIGTERM, once a checkpoint is saved.
+    """
+
+    data_collator: Collator
+
+    def __init__(
+        self,
+        *args,
+        eval_collator: Collator | None = None,
+        spike_factor: float = 3.0,
+        max_skipped_steps: int = 10,
+        extra_metrics: Callable[[], dict[str, float]] = dict,
+        **kwargs,
+    ):
+        super().__init__(*args, **kwargs)
+        self.eval_collator = eval_collator or self.data_collator
+        self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
+        self.extra_metrics = extra_metrics
+        self.tasks = self.data_collator.tasks
+        self.add_callback(EpochOfCollator(self.data_collator))
+        self._sums = self._zeros()  # of the step so far, on this process
+        self._window: dict[str, float] = defaultdict(float)  # since the last log, of all processes
+        self._window_start, self._num_skipped = time.perf_counter(), 0
+        self._told_to_stop = False
+        self._peak_flops = peak_flops(self.args.device) * self.args.world_size
+
+    # The loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        given = {name: value for name, value in inputs.items() if name not in ("task_ids", "attended")}
+        given |= {"use_cache": False, "skip_logits": True}
+        loss, outputs = Trainer.compute_loss(self, model, given, True, num_items_in_batch)
+        self._add(inputs, outputs)
+        return (loss, outputs) if return_outputs else loss
+
+    def _zeros(self) -> Tensor:
+        """(tasks + 1, 3): cross-entropy, z-loss, predicted tokens; in the last row all tokens, and pairs of them."""
+        return torch.zeros(len(self.tasks) + 1, 3, device=self.args.device)
+
+    def _add(self, inputs: dict[str, Tensor], outputs) -> None:
+        tasks = inputs["task_ids"]  # (batch, length)
+        predicted = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:] != IGNORED_LABEL
+        values = torch.stack([outputs.cross_entropy, outputs.z_losses, predicted.float()], -1)  # (batch, length, 3)
+        self._sums.index_add_(0, tasks.clamp(min=0).flatten(), values.flatten(0, 1))
+        self._sums[-1, 0] += (tasks >= 0).sum()
+        self._sums[-1, 1] += inputs["attended"].sum()
+
+    # The step: what counts, and whether it may change the weights
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As in stock, which calls it once a step, just before the optimizer's."""
+        norm = super()._get_grad_norm(model, grad_norm)
+        self._sums[-1, 2] = self._told_to_stop
+        totals = self.accelerator.reduce(self._sums, "sum").cpu()
+        self._sums = self._zeros()
+        if totals[-1, 2]:  # all processes stop after the same step
+            self._told_to_stop = self.control.should_save = self.control.should_training_stop = True
+        step = self._named(totals)
+        trouble = self._trouble(step["loss"] / max(step["predicted_tokens"], 1), float(norm))
+        if trouble is None:
+            self._num_skipped = 0
+            for name, value in step.items():
+                self._window[name] += value
+        else:
+            self._skip(model, trouble)
+        return norm
+
+    def _named(self, totals: Tensor) -> dict[str, float]:
+        """Sums by the names they are logged under."""
+        cross_entropy, z_loss, predicted = totals[:-1].sum(0).tolist()
+        loss = cross_entropy + self.model.config.z_loss_weight * z_loss
+        tokens, pairs, _ = totals[-1].tolist()
+        named = {"steps": 1, "loss": loss, "z_loss": z_loss}
+        named |= {"predicted_tokens": predicted, "tokens": tokens, "pairs": pairs}
+        for task, (own, _, count) in zip(self.tasks, totals[:-1].tolist(), strict=True):
+            if count:
+                named |= {f"loss_{task}": own, f"count_{task}": count}
+        return named
+
+    def _trouble(self, loss: float, norm: float) -> str | None:
+        """What is wrong with a step, or None."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            return f"its loss is {loss:g}, its gradient's norm {norm:g}"
+        last = self.state.log_history[-LOGGED:]
+        losses = [entry["loss"] for entry in last if math.isfinite(entry.get("loss", math.nan))]
+        median = statistics.median(losses) if len(losses) >= 5 else math.inf
+        if loss > self.spike_factor * median:
+            return f"its loss {loss:.3g} is over {self.spike_factor:g} times the median, {median:.3g}"
+        return None
+
+    def _skip(self, model: nn.Module, trouble: str) -> None:
+        model.zero_grad(set_to_none=True)  # what has no gradient is passed over by the optimizer
+        self._num_skipped += 1
+        self._window["skipped_steps"] += 1
+        if self.is_world_process_zero():
+            print(f"step {self.state.global_step + 1} changed nothing: {trouble}", file=sys.stderr, flush=True)
+        if self._num_skipped >= self.max_skipped_steps:
+            last = last_checkpoint(self.args.output_dir) or "none"
+            raise Diverged(
+                f"{self._num_skipped} steps in a row were left out, the last because {trouble}; look at the data or "
+                f"lower the learning rate; the last whole checkpoint: {last}"
+            )
+
+    # The log
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "loss" in logs:
+            logs.update(self._take_window())
+        super().log(logs, start_time)
+
+    def _take_window(self) -> dict[str, float]:
+        seconds = time.perf_counter() - self._window_start
+        window, self._window, self._window_start = self._window, defaultdict(float), time.perf_counter()
+        found = _means(window)
+        if window["steps"]:
+            found["predicted_tokens"] = window["predicted_tokens"] / window["steps"]
+            found["tokens_per_second"] = window["tokens"] / seconds
+            found["mfu"] = self._flops(window) / seconds / self._peak_flops
+        return found | ({"skipped_steps": window["skipped_steps"]} if window["skipped_steps"] else {})
+
+    def _flops(self, window: dict[str, float]) -> float:
+        """Of forward and backward passes, without what checkpointing computes twice."""
+        config = self.model.config
+        total = 3 * 4 * config.hidden_size * config.num_hidden_layers * window["pairs"]
+        for name, module in self.model.named_modules():
+            if isinstance(module, nn.Linear):
+                num_tokens = window["predicted_tokens" if "lm_head" in name else "tokens"]
+                per_weight = 6 if module.weight.requires_grad else 4
+                total += per_weight * module.in_features * module.out_features * num_tokens
+        return total
+
+    @contextmanager
+    def off_the_clock(self):
+        """What happens within is no training, and does not count in the speed."""
+        start = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - start
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        train_collator, self.data_collator = self.data_collator, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = train_collator
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        with self.off_the_clock():
+            metrics = super().evaluate(*args, **kwargs)
+            extra = {f"eval_{name}": value for name, value in self.extra_metrics().items()}
+            if extra:
+                self.log(dict(extra))
+        return metrics | extra
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """As in stock, with losses that are means over tokens, also for each task."""
+        in_training, self._sums = self._sums, self._zeros()
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        totals = self._named(self.accelerator.reduce(self._sums, "sum").cpu())
+        self._sums = in_training
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in _means(totals).items()})
+        return output
+
+    # The order of the data
+
+    def _get_train_sampler(self, train_dataset=None):
+        """As in stock; lengths are grouped by the seed and the epoch alone, since a resumed run has no other state."""
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            sampler.generator = order = torch.Generator()
+            sampler.set_epoch = lambda epoch: order.manual_seed(self.args.seed + epoch)
+        return sampler
+
+    # Checkpoints
+
+    def train(self, *args, **kwargs):
+        """As in stock, from the last whole checkpoint if there is one; SIGTERM ends it with a checkpoint."""
+        resume = kwargs.pop("resume_from_checkpoint", None) or last_checkpoint(self.args.output_dir)
+        before = signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._window_start = time.perf_counter()
+        try:
+            output = super().train(*args, resume_from_checkpoint=resume, **kwargs)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        if self._told_to_stop:
+            raise Stopped(128 + signal.SIGTERM)
+        return output
+
+    def _on_sigterm(self, signum, frame) -> None:
+        print("SIGTERM: saving a checkpoint after this step; the same command goes on from it", file=sys.stderr)
+        self._told_to_stop = True
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Saves; marks as whole; and only then removes old ones. What fails leaves nothing behind."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        with self.off_the_clock():
+            try:
+                (folder / WHOLE).unlink(missing_ok=True)
+                Trainer._save_checkpoint(self, model, trial)  # not TRL's, which also writes a model card
+            except Exception as error:
+                shutil.rmtree(folder, ignore_errors=True)
+                last = last_checkpoint(self.args.output_dir) or "none"
+                raise OSError(f"{folder} could not be saved: {error}; the last whole checkpoint: {last}") from error
+            finally:
+                self.args.save_total_limit = limit
+            self.accelerator.wait_for_everyone()
+            if self.is_world_process_zero():
+                (folder / WHOLE).touch()
+                self._remove_old(folder.parent)
+
+    def _remove_old(self, folder: Path) -> None:
+        limit = self.args.save_total_limit
+        for old in whole_checkpoints(folder)[: -limit if limit else 0]:
+            if str(old) != str(self.state.best_model_checkpoint):
+                (old / WHOLE).unlink()
+                shutil.rmtree(old)
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    """Losses a predicted token, of sums by name; nothing where nothing was predicted."""
+    means = {name: sums[name] / sums["predicted_tokens"] for name in ("loss", "z_loss") if sums["predicted_tokens"]}
+    tasks = [name.removeprefix("count_") for name in sums if name.startswith("count_")]
+    return means | {f"loss_{task}": sums[f"loss_{task}"] / sums[f"count_{task}"] for task in tasks}
+
+
+def whole_checkpoints(folder: str | Path) -> list[Path]:
+    """By step."""
+    found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """The last checkpoint that is whole."""
+    found = whole_checkpoints(folder)
+    return str(found[-1]) if found else None
+
+
+def peak_flops(device: torch.device) -> float:
+    """FLOPs a second that a device can do: as its maker says, or as the best of a few large products shows."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    known = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in name]
+    if known:
+        return known[0]
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    size = 4096 if device.type == "cuda" else 768
+    a = torch.zeros(size, size, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+class EpochOfCollator(TrainerCallback):
+    """Tells the collator the epoch."""
+
+    def __init__(self, collator: Collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.collator.epoch = int(state.epoch or 0)
+
+
+class SampleCallback(TrainerCallback):
+    """Every so many steps a contact sheet: a file in `folder`, and a picture for what the run reports to.
+
+    Args:
+        trainer: whose reports the picture goes to.
+        draw: called without arguments; gives a PIL image.
+    """
+
+    def __init__(self, trainer: LuminaMGPTTrainer, draw: Callable[[], Image.Image], steps: int, folder: Path):
+        self.trainer, self.draw, self.steps, self.folder = trainer, draw, steps, folder
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step % self.steps:
+            return
+        with self.trainer.off_the_clock():
+            sheet = self.draw()  # on all processes, since a sharded model needs all of them
+            if state.is_world_process_zero:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                sheet.save(self.folder / f"step-{state.global_step:06d}.png")
+                for callback in self.trainer.callback_handler.callbacks:
+                    report_picture(callback, sheet, state.global_step)
+
+
+def report_picture(callback: TrainerCallback, picture: Image.Image, step: int) -> None:
+    """Shows a picture where a reporting callback shows its numbers; the Trainer's own interface has numbers only."""
+    name = type(callback).__name__
+    if name == "TensorBoardCallback" and callback.tb_writer is not None:
+        callback.tb_writer.add_image("samples", np.asarray(picture), step, dataformats="HWC")
+    elif name == "WandbCallback":
+        callback._wandb.log({"samples": callback._wandb.Image(picture), "train/global_step": step})
+    elif name == "TrackioCallback":
+        callback._trackio.log({"samples": callback._trackio.Image(picture), "train/global_step": step})
