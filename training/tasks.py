@@ -1,36 +1,602 @@
-"""Records of datasets -> conversations: turns with `<|image|>` placeholders, and the pictures that fill them."""
+"""Records of datasets -> conversations: turns with `<|image|>` placeholders, and the pictures that fill them.
 
+One adapter for each kind of record. Datasets that differ in names only share one: a source's `columns` say what they
+call a column. What a user will be asked to say comes from the processor, so training and use have the same words.
+"""
+
+import inspect
+import os
 import random
+import struct
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
+
 from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
+from modeling_lumina_mgpt.uni_rep import best_bucket
 
-from .tabletop import MAPS
+from . import drawing
+from .degradation import degrade
+
+Conversation = tuple[list[str], list[Any]]
+QUESTIONERS, ANSWERERS = ("human", "user"), ("gpt", "assistant")
+SINTEL_DEPTH = b"PIEH"  # how its files begin
+NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # of PIL
 
 
-def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> tuple[list[str], list]:
-    """A record of `tabletop_records` as a conversation in one of the processor's tasks.
+class RecordError(ValueError):
+    """This record cannot be used: a damaged picture, an empty caption, nobody in it."""
+
+
+class ColumnError(ValueError):
+    """A source has no such column, or has something else in it."""
+
+
+@dataclass
+class Record:
+    """A dataset's record under the names that the adapters have for its columns.
+
+    Attributes:
+        values: the record.
+        columns: adapter's name -> the dataset's, where they differ. A dotted name reaches into structs (and lists of
+            them); one with a `*` stands for the list of the columns numbered 1, 2, ... in its place.
+        task: a key of `ADAPTERS`.
+        target_px: side of the square whose area pictures will be cropped to.
+        crop_seed: draws where pictures are cropped; None: centred.
+        folder: where relative paths of pictures start.
+        crop: by name of a picture's column, the part (left, top, right, bottom; pixels) that is meant.
+    """
+
+    values: Mapping[str, Any]
+    columns: Mapping[str, str]
+    task: str
+    processor: Any
+    rng: random.Random
+    target_px: int
+    crop_seed: int | None = None
+    folder: str = ""
+    crop: Mapping[str, Sequence[int]] | None = None
+
+    def has(self, name: str) -> bool:
+        return _is_in(self.columns.get(name, name), self.values)
+
+    def get(self, name: str) -> Any:
+        """A column's value, None where it is null; ColumnError if there is no such column."""
+        path = self.columns.get(name, name)
+        if not _is_in(path, self.values):
+            raise _missing(name, path, self.values)
+        return _reach(self.values, path)
+
+    def text(self, name: str) -> str:
+        """A text, or one drawn from a list of them."""
+        value = self.get(name)
+        if isinstance(value, list | tuple):
+            value = self.rng.choice([text for text in value if text] or [None])
+        return self.checked_text(name, value)
+
+    def checked_text(self, name: str, value: Any) -> str:
+        if not isinstance(value, str | None):
+            raise ColumnError(f"column {name!r} holds {type(value).__name__}: accepted is text")
+        if not (text := (value or "").strip()):
+            raise RecordError(f"{name} is empty")
+        if IMAGE in text:
+            raise RecordError(f"{name} has {IMAGE} in it, which stands for a picture")
+        return text
+
+    def picture(self, name: str) -> Image.Image:
+        """A picture in RGB."""
+        return self.checked_picture(name, self.get(name))
+
+    def checked_picture(self, name: str, value: Any) -> Image.Image:
+        picture = self._load(name, self._source(name, value))
+        if self.crop and name in self.crop:
+            left, top, right, bottom = self.crop[name]
+            return picture.crop((left, top, right, bottom))
+        return picture
+
+    def numbers(self, name: str, num_dims: int = 2, are_labels: bool = False) -> np.ndarray | None:
+        """What a map says of each pixel, (height, width) or (height, width, 3); None for a drawn picture.
+
+        In color it is a drawn one, and in 8 bits too, unless these are labels.
+        """
+        source = self._source(name, self.get(name))
+        try:
+            source = _opened(source) if isinstance(source, Path | bytes) else source
+        except (ValueError, OSError, struct.error) as error:
+            raise RecordError(f"{name}: {error}") from error
+        if isinstance(source, str) or (isinstance(source, Image.Image) and source.mode not in NUMBER_MODES):
+            return None
+        values = np.asarray(source)
+        values = values.squeeze(0) if values.ndim == 3 and len(values) == 1 else values
+        if values.dtype == np.uint8 and not (are_labels and values.ndim == 2):
+            return None
+        if values.ndim != num_dims:
+            raise ColumnError(f"column {name!r} holds numbers of shape {values.shape}: accepted are {num_dims} axes")
+        return values
+
+    def cropped(self, picture: Image.Image, width_px: int, height_px: int) -> Image.Image:
+        """Crops that a record's pictures of one size all get alike."""
+        generator = None if self.crop_seed is None else torch.Generator().manual_seed(self.crop_seed)
+        return self.processor.image_processor.crop(picture, width_px, height_px, generator)
+
+    def bucket(self, picture: Image.Image) -> tuple[int, int]:
+        """The size `(width_px, height_px)` that a picture will be cropped to."""
+        return self.processor.uni_rep.best_bucket(picture.width, picture.height, self.target_px)
+
+    def prompt(self, words: str | None = None, **options: Any) -> str:
+        return self.processor.task_prompt(self.task, words, **options)
+
+    def _source(self, name: str, value: Any) -> Any:
+        """A picture as PIL, path, URL, bytes or array."""
+        if isinstance(value, Mapping):  # as `datasets` has one that is not decoded
+            value = value.get("bytes") or value.get("path")
+        if value is None:
+            raise RecordError(f"{name} is empty")
+        if isinstance(value, str) and not value.startswith(("http://", "https://", "data:")):
+            return Path(self.folder, value)
+        if isinstance(value, list | np.ndarray | torch.Tensor):
+            array = np.asarray(value)
+            if array.ndim == 3 and np.issubdtype(array.dtype, np.integer):
+                array = array.astype(np.uint8)
+            return np.moveaxis(array, 0, -1) if array.ndim == 3 and len(array) == 3 != array.shape[-1] else array
+        if not isinstance(value, str | os.PathLike | bytes | Image.Image):
+            raise ColumnError(f"column {name!r} holds {type(value).__name__}: accepted is a picture")
+        return value
+
+    def _load(self, name: str, source: Any) -> Image.Image:
+        try:
+            return self.processor.image_processor.load(source)
+        except (ValueError, OSError) as error:
+            raise RecordError(f"{name}: {error}") from error
+
+
+# Text
+
+
+def chat(record: Record) -> Conversation:
+    """`conversations` [{from, value}] or `messages` [{role, content}]; a system's words open the first question."""
+    turns = _turns(record)
+    if any(IMAGE in turn for turn in turns):
+        raise RecordError(f"a turn has {IMAGE} in it, which stands for a picture")
+    return turns, []
+
+
+def image_to_text(record: Record) -> Conversation:
+    """`image` (none, one or a list) and `conversations` in which `<image>` or `<|image|>` stand for it."""
+    held = record.get("image") if record.has("image") else None
+    held = held if isinstance(held, list) else [] if held is None else [held]
+    turns = [_with_one_space(turn.replace("<image>", IMAGE)) for turn in _turns(record)]
+    if held and not any(IMAGE in turn for turn in turns):
+        turns[0] = f"{IMAGE} {turns[0]}"
+    num_places = sum(turn.count(IMAGE) for turn in turns)
+    if num_places != len(held):
+        raise RecordError(f"{len(held)} pictures for {num_places} places in the conversation")
+    return turns, [record.checked_picture("image", picture) for picture in held]
+
+
+def caption(record: Record) -> Conversation:
+    return [record.prompt(), record.text("caption")], [record.picture("image")]
+
+
+def vqa(record: Record) -> Conversation:
+    return [record.prompt(record.text("question")), record.text("answer")], [record.picture("image")]
+
+
+# Pictures
+
+
+def text_to_image(record: Record, drop_size: float = 0.0) -> Conversation:
+    """The prompt names the size that the picture will be cropped to, but for a share `drop_size` of the records."""
+    picture = record.picture("image")
+    width_px, height_px = record.bucket(picture)
+    size = {} if record.rng.random() < drop_size else {"height": height_px, "width": width_px}
+    return [record.prompt(record.text("caption"), **size), IMAGE], [picture]
+
+
+def edit(record: Record) -> Conversation:
+    """One edit or several in turn: `source_img`, `target_img` and `instruction`, the last two perhaps lists.
+
+    Or `images`, with the source first, and `instructions`.
+    """
+    if record.has("images"):
+        pictures, words = record.get("images") or [], record.get("instructions") or []
+    else:
+        source, targets, words = (record.get(name) for name in ("source_img", "target_img", "instruction"))
+        targets, words = (value if isinstance(value, list) else [value] for value in (targets, words))
+        pictures = [source, *targets]
+    if not words or len(pictures) != len(words) + 1:
+        raise RecordError(f"{len(words)} instructions for {len(pictures)} pictures, the source included")
+    first, *others = (record.checked_text("instruction", instruction) for instruction in words)
+    turns = [turn for words in (record.prompt(first), *others) for turn in (words, IMAGE)]
+    return turns, [record.checked_picture("image", picture) for picture in pictures]
+
+
+def predicted_map(record: Record, **drawn: Any) -> Conversation:
+    """What the task is called, drawn from its own column."""
+    return [record.prompt(), IMAGE], [record.picture("image"), MAPS[record.task](record, **drawn)]
+
+
+def detection(record: Record, box_format: str = "ltrb", relative: bool = False) -> Conversation:
+    """`image` with a frame around what `phrase` means.
 
     Args:
-        task: "text-to-image", "caption", "vqa", "edit", "control", "depth", "normal" or "segmentation"; ValueError for
-            others.
+        box_format: of `box`, "ltrb" (left, top, right, bottom) or "xywh" (left, top, width, height).
+        relative: whether `box` is in parts of the picture's sides instead of pixels.
+    """
+    picture, box = record.picture("image"), record.get("box")
+    if box_format not in ("ltrb", "xywh"):
+        raise ValueError(f"box_format {box_format!r}: accepted are 'ltrb' and 'xywh'")
+    if box is None or len(box) != 4 or not np.isfinite(box).all():
+        raise RecordError(f"box {box!r}: accepted are four numbers")
+    left, top, right, bottom = np.array(box, float) * (np.array([*picture.size] * 2) if relative else 1)
+    if box_format == "xywh":
+        right, bottom = left + right, top + bottom
+    try:
+        framed = drawing.draw_box(picture, (left, top, right, bottom))
+    except ValueError as error:
+        raise RecordError(str(error)) from error
+    return [record.prompt(record.text("phrase")), IMAGE], [picture, framed]
+
+
+def control(record: Record, condition: str | Sequence[str] | None = None, **drawn: Any) -> Conversation:
+    """`image` from a map of it: `condition`, one drawn from a list, or from those that the record has."""
+    shown, _ = _condition(record, condition, drawn)
+    return [record.prompt(record.text("caption")), IMAGE], [shown, record.picture("image")]
+
+
+def refine(record: Record, share: Sequence[float] = (0.05, 0.5)) -> Conversation:
+    """`image` from its own codes, of which a share (from, to) is replaced by any others."""
+    picture = record.picture("image")
+    codes = record.processor.encode_image(record.cropped(picture, *record.bucket(picture)), record.target_px)
+    generator = torch.Generator().manual_seed(record.rng.getrandbits(63))
+    replaced = torch.rand(codes.shape, generator=generator) < record.rng.uniform(*share)
+    others = torch.randint(len(record.processor.uni_rep.code_ids), codes.shape, generator=generator)
+    return [record.prompt(), IMAGE], [torch.where(replaced, others, codes), codes]
+
+
+def restore(record: Record, scale: float = 4.0) -> Conversation:
+    """How bad a degraded `image` is, its `caption`, and the sharp square again. (PURE, arXiv 2503.11073)
+
+    Args:
+        scale: how much smaller the degraded picture is, before it is stretched to the size of the sharp one.
+    """
+    side_px = record.target_px
+    sharp = record.cropped(record.picture("image"), side_px, side_px)
+    degraded, degradation = degrade(sharp, scale, record.rng)
+    stretched = degraded.resize(sharp.size, Image.Resampling.BICUBIC)
+    return [record.prompt(), f"{degradation} {record.text('caption')} {IMAGE}"], [stretched, sharp]
+
+
+def panels(record: Record, condition: str | Sequence[str] | None = None, **drawn: Any) -> Conversation:
+    """`image` and its condition, one above the other, in one picture. (Lumina-mGPT 2.0, arXiv 2507.17801)
+
+    The condition is above if the model will be given it ("panel"), else below ("pair"). "subject" is a condition in
+    words, `subject`, shown in `reference`.
+    """
+    picture = record.picture("image")
+    width_px, height_px = _panel_size(record, picture)
+    shown, words = _condition(record, condition, drawn)
+    halves = [shown, picture] if record.processor.tasks[record.task].continues else [picture, shown]
+    both = Image.new("RGB", (width_px, 2 * height_px))
+    for i, half in enumerate(halves):
+        both.paste(record.cropped(half, width_px, height_px), (0, i * height_px))
+    return [
+        record.prompt(record.text("caption"), height=both.height, width=both.width, condition=words),
+        IMAGE,
+    ], [both]
+
+
+# Conditions, each drawn from the column of its name
+
+
+def depth_map(
+    record: Record, metres_per_unit: float = 1.0, range_m: Sequence[float] | None = None, linear: bool = False
+) -> Image.Image:
+    """Numbers are drawn as `drawing.draw_depth` says; a picture in color is taken as drawn."""
+    depth = record.numbers("depth")
+    if depth is None:
+        return record.picture("depth")
+    if not (np.isfinite(depth) & (depth > 0)).any():
+        raise RecordError("depth is not known anywhere")
+    return drawing.draw_depth(depth, metres_per_unit, range_m, linear)
+
+
+def normal_map(record: Record, flip: str = "") -> Image.Image:
+    """As `drawing.draw_normals` says, from vectors or from a picture of them."""
+    normals = record.numbers("normal", num_dims=3)
+    if normals is None:
+        normals = np.asarray(record.picture("normal")) / 127.5 - 1
+    return drawing.draw_normals(normals, flip)
+
+
+def pose_map(record: Record) -> Image.Image:
+    """`pose`, a picture, or the skeletons of `keypoints`: a list for each person, flat or [17][3]."""
+    if record.has("pose"):
+        return record.picture("pose")
+    keypoints, size = record.get("keypoints"), record.picture("image").size
+    try:
+        people = np.array(keypoints, float).reshape(-1, drawing.NUM_KEYPOINTS, 3)
+    except (ValueError, TypeError) as error:
+        raise RecordError(f"keypoints: accepted are {drawing.NUM_KEYPOINTS} x, y and visibility a person") from error
+    if not (people[..., 2] > 0).any():
+        raise RecordError("keypoints of nobody")
+    return drawing.draw_skeletons(people, *size)
+
+
+def segmentation_map(record: Record, palette: str | Sequence[Sequence[Any]] | None = None) -> Image.Image:
+    """Labels in the colors of `palette`; a picture in color is taken as drawn.
+
+    Args:
+        palette: [red, green, blue] or [name, red, green, blue] of each label; "voc"; None: the checkpoint's own.
+    """
+    labels = record.numbers("segmentation", are_labels=True)
+    if labels is None:
+        return record.picture("segmentation")
+    colors: Any = record.processor.image_processor.check_palette() if palette is None else palette
+    if isinstance(colors, str):
+        if colors != "voc":
+            raise ValueError(f"palette {palette!r}: accepted is 'voc', or a list of colors")
+        colors = drawing.voc_palette()
+    return drawing.draw_labels(labels, [color[-3:] for color in colors])
+
+
+def canny_map(record: Record) -> Image.Image:
+    return record.processor.image_processor.canny(record.picture("image"))
+
+
+def hed_map(record: Record) -> Image.Image:
+    return record.picture("hed")
+
+
+def subject_map(record: Record) -> Image.Image:
+    return record.picture("reference")
+
+
+MAPS: dict[str, Callable[..., Image.Image]] = {
+    "depth": depth_map,
+    "normal": normal_map,
+    "pose": pose_map,
+    "segmentation": segmentation_map,
+    "canny": canny_map,
+    "hed": hed_map,
+    "subject": subject_map,
+}
+MAP_COLUMNS = {"canny": (), "pose": ("pose", "keypoints"), "subject": ("reference", "subject")}  # others: their name
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How a kind of record becomes a conversation.
+
+    Attributes:
+        function: called with a `Record` and a source's options.
+        columns: names that a record must have.
+        alternative: names that it may have instead of them.
+        optional: further ones that are used if they are there.
+        conditions: keys of `MAPS` that it may be asked for.
+    """
+
+    function: Callable[..., Conversation]
+    columns: tuple[str, ...]
+    alternative: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
+    conditions: tuple[str, ...] = ()
+
+    def names(self) -> list[str]:
+        """Of all its columns."""
+        of_conditions = (name for condition in self.conditions for name in _columns_of(condition))
+        return [*dict.fromkeys((*self.columns, *self.alternative, *self.optional, *of_conditions))]
+
+
+CONTROLS, PANELS = ("depth", "normal", "pose", "segmentation"), ("depth", "canny", "hed", "pose", "subject")
+ADAPTERS = {
+    "text-to-image": Adapter(text_to_image, ("image", "caption")),
+    "chat": Adapter(chat, ("conversations",), ("messages",)),
+    "image-to-text": Adapter(image_to_text, ("conversations",), ("messages",), ("image",)),
+    "caption": Adapter(caption, ("image", "caption")),
+    "vqa": Adapter(vqa, ("image", "question", "answer")),
+    "edit": Adapter(edit, ("source_img", "target_img", "instruction"), ("images", "instructions")),
+    "depth": Adapter(predicted_map, ("image", "depth")),
+    "normal": Adapter(predicted_map, ("image", "normal")),
+    "pose": Adapter(predicted_map, ("image", "pose"), ("image", "keypoints")),
+    "segmentation": Adapter(predicted_map, ("image", "segmentation")),
+    "detection": Adapter(detection, ("image", "phrase", "box")),
+    "control": Adapter(control, ("image", "caption"), conditions=CONTROLS),
+    "refine": Adapter(refine, ("image",)),
+    "restore": Adapter(restore, ("image", "caption")),
+    "pair": Adapter(panels, ("image", "caption"), conditions=PANELS),
+    "panel": Adapter(panels, ("image", "caption"), conditions=PANELS),
+}
+
+
+def conversation(
+    task: str,
+    record: Mapping[str, Any],
+    processor,
+    rng: random.Random,
+    columns: Mapping[str, str] | None = None,
+    options: Mapping[str, Any] | None = None,
+    target_px: int | None = None,
+    random_crop: bool = False,
+) -> Conversation:
+    """A record as a conversation.
+
+    Args:
+        task: a key of `ADAPTERS`.
+        rng: everything random is drawn from it.
+        columns: adapter's name of a column -> the dataset's, where they differ; as in `Record`.
+        options: keyword arguments of the adapter; and `folder` and `crop`, as in `Record`.
+        target_px: side of the square whose area pictures will be cropped to; the processor's if not given.
+        random_crop: crop the pictures here, each to its bucket, and those of one size all at one place. Else the
+            processor crops them, at the centre.
 
     Returns:
-        The turns, user first, and one picture for each placeholder.
+        The turns, user first, and a picture (PIL, or codes int64 (rows, cols)) for each `<|image|>` in them.
+
+    Raises:
+        RecordError: for a record that cannot be used.
+        ColumnError: for a wrong or missing column.
+        ValueError: for an unknown task, or wrong options.
     """
-    picture = record["image"]
-    if task == "text-to-image":
-        prompt = processor.task_prompt(task, record["caption"], height=picture.height, width=picture.width)
-        return [prompt, IMAGE], [picture]
-    if task == "caption":
-        return [processor.task_prompt(task), record["caption"]], [picture]
-    if task == "vqa":
-        return [processor.task_prompt(task, record["question"]), record["answer"]], [picture]
-    if task == "edit":
-        return [processor.task_prompt(task, record["instruction"]), IMAGE], [picture, record["edited"]]
-    if task == "control":
-        condition = record[rng.choice(MAPS)]
-        return [processor.task_prompt(task, record["caption"]), IMAGE], [condition, picture]
-    if task in MAPS:
-        return [processor.task_prompt(task), IMAGE], [picture, record[task]]
-    raise ValueError(f"task {task!r} has no Tabletop records yet")
+    given = dict(options or {})
+    own = {name: given.pop(name) for name in ("folder", "crop") if name in given}
+    target_px = processor.target_px if target_px is None else target_px
+    crop_seed = rng.getrandbits(63) if random_crop else None
+    view = Record(record, columns or {}, task, processor, rng, target_px, crop_seed, **own)
+    turns, pictures = _adapter(task).function(view, **given)
+    if random_crop:
+        pictures = [p if processor.is_codes(p) else view.cropped(p, *view.bucket(p)) for p in pictures]
+    return turns, pictures
+
+
+def check_columns(
+    task: str, found: Sequence[str], columns: Mapping[str, str] | None = None, options: Mapping[str, Any] | None = None
+) -> None:
+    """ColumnError or ValueError unless a source with these columns suits a task, its mapping and its options."""
+    adapter, columns, options = _adapter(task), columns or {}, options or {}
+    if unknown := columns.keys() - set(adapter.names()):
+        raise ColumnError(f"columns {sorted(unknown)}: task {task!r} has {', '.join(adapter.names())}")
+    known = _options_of(task)
+    if wrong := options.keys() - known:
+        raise ValueError(f"options {sorted(wrong)}: task {task!r} has {', '.join(known)}")
+
+    def missing(names: Sequence[str]) -> list[str]:
+        return [name for name in names if not _is_in(columns.get(name, name), found)]
+
+    for name in missing(adapter.columns):
+        if not adapter.alternative or missing(adapter.alternative):
+            raise _missing(name, columns.get(name, name), found)
+    if not adapter.conditions:
+        return
+    base = {*adapter.columns}
+    chosen = options.get("condition")
+    if chosen is None and not any(_is_in(columns.get(name, name), found) for name in set(adapter.names()) - base):
+        raise ColumnError(f"no condition: one of {', '.join(adapter.conditions)}, and its column, is needed")
+    for condition in [chosen] if isinstance(chosen, str) else chosen or []:
+        if condition not in adapter.conditions:
+            raise ValueError(f"condition {condition!r}: accepted for {task!r} are {', '.join(adapter.conditions)}")
+        absent = missing(_columns_of(condition))
+        if absent and (condition != "pose" or len(absent) == 2):
+            raise _missing(absent[0], columns.get(absent[0], absent[0]), found)
+
+
+def _adapter(task: str) -> Adapter:
+    if task not in ADAPTERS:
+        raise ValueError(f"task {task!r}: accepted are {', '.join(ADAPTERS)}")
+    return ADAPTERS[task]
+
+
+def _options_of(task: str) -> list[str]:
+    """Names of the options that a task takes."""
+    drawn = ADAPTERS[task].conditions or [name for name in MAPS if name == task]
+    functions = [ADAPTERS[task].function, *(MAPS[name] for name in drawn)]
+    parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
+    names = (p.name for p in parameters if p.name != "record" and p.kind is not p.VAR_KEYWORD)
+    return [*dict.fromkeys((*names, "folder", "crop"))]
+
+
+def _condition(
+    record: Record, condition: str | Sequence[str] | None, drawn: Mapping[str, Any]
+) -> tuple[Image.Image, str]:
+    """One of the conditions as a picture, and how it is called in prompts."""
+    accepted = ADAPTERS[record.task].conditions
+    if condition is None:
+        condition = [name for name in accepted if any(map(record.has, _columns_of(name)))]
+    name = condition if isinstance(condition, str) else record.rng.choice([*condition, *([] if condition else [""])])
+    if name not in accepted:
+        raise ValueError(f"condition {condition!r}: accepted for {record.task!r} are {', '.join(accepted)}")
+    options = inspect.signature(MAPS[name]).parameters.keys() & drawn.keys()
+    shown = MAPS[name](record, **{option: drawn[option] for option in options})
+    return shown, record.text("subject") if name == "subject" else name
+
+
+def _columns_of(condition: str) -> tuple[str, ...]:
+    return MAP_COLUMNS.get(condition, (condition,))
+
+
+def _panel_size(record: Record, picture: Image.Image) -> tuple[int, int]:
+    """Size `(width_px, height_px)` of each of two panels, such that both together are a bucket."""
+    step_px = 2 * record.processor.uni_rep.size_unit_px
+    buckets = [(w, h // 2) for w, h in record.processor.uni_rep.buckets(record.target_px) if h % step_px == 0]
+    return best_bucket(picture.width, picture.height, buckets)
+
+
+def _turns(record: Record) -> list[str]:
+    """Question and answer in turn, from either form of messages."""
+    messages = record.get("messages" if record.has("messages") else "conversations")
+    if isinstance(messages, Mapping):  # a list of structs, as `datasets` once had it
+        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
+    pairs = [(m.get("from") or m.get("role"), m.get("value") or m.get("content")) for m in messages or []]
+    if not all(isinstance(text, str) and text.strip() for _, text in pairs):
+        raise RecordError("a turn of the conversation is empty")
+    rules = [text.strip() for role, text in pairs if role == "system"]
+    said = [(role, text.strip()) for role, text in pairs if role != "system"]
+    expected = [(QUESTIONERS, ANSWERERS)[i % 2] for i in range(len(said))]
+    if not said or len(said) % 2 or any(role not in roles for (role, _), roles in zip(said, expected, strict=True)):
+        raise RecordError(f"roles {[role for role, _ in pairs]}: accepted are questions and answers in turn")
+    return ["\n\n".join([*rules, said[0][1]]), *(text for _, text in said[1:])]
+
+
+def _with_one_space(turn: str) -> str:
+    """With one space between a placeholder and its neighbours, as the chat template writes it."""
+    return IMAGE.join(
+        (" " if i else "") + part.strip() + (" " if part.strip() else "") for i, part in enumerate(turn.split(IMAGE))
+    ).strip()
+
+
+def _is_in(path: str, columns) -> bool:
+    return path in columns or path.partition(".")[0].replace("*", "1") in columns
+
+
+def _missing(name: str, path: str, found) -> ColumnError:
+    held = ", ".join(found)
+    return ColumnError(f"column {name!r}: the dataset has no {path!r}, it has {held}; `columns` names another for it")
+
+
+def _reach(values: Mapping[str, Any], path: str) -> Any:
+    """What a dotted or numbered name stands for."""
+    if "*" in path:
+        numbered = (path.replace("*", str(number)) for number in range(1, len(values) + 1))
+        return [*takewhile(lambda value: value is not None, (values.get(name) for name in numbered))]
+    if path in values:
+        return values[path]
+    first, *keys = path.split(".")
+    found: Any = values[first]
+    for key in keys:
+        found = [_field(item, key, path) for item in found] if isinstance(found, list) else _field(found, key, path)
+    return found
+
+
+def _field(struct_: Any, key: str, path: str) -> Any:
+    if struct_ is None:
+        return None
+    if not isinstance(struct_, Mapping) or key not in struct_:
+        held = ", ".join(struct_) if isinstance(struct_, Mapping) else type(struct_).__name__
+        raise ColumnError(f"column {path!r}: no {key!r} in {held}")
+    return struct_[key]
+
+
+def _opened(source: Path | bytes) -> Image.Image | np.ndarray:
+    """A picture as it is, or the numbers of a NumPy or Sintel depth file."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
+    if data.startswith(SINTEL_DEPTH):
+        width, height = struct.unpack_from("<2i", data, 4)
+        return np.frombuffer(data, "<f4", width * height, offset=12).reshape(height, width)
+    if data.startswith(b"\x93NUMPY"):
+        return np.load(BytesIO(data), allow_pickle=False)
+    picture = Image.open(BytesIO(data))
+    picture.load()
+    return picture
+
+
+def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> Conversation:
+    """A record of `tabletop_records` as a conversation."""
+    columns = {"source_img": "image", "target_img": "edited"} if task == "edit" else {}
+    return conversation(task, record, processor, rng, columns)
