@@ -10,8 +10,10 @@ import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from numbers import Integral
+from itertools import count
+from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +22,10 @@ import torch
 from diffusers import DiffusionPipeline, VQModel
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import BaseOutput
-from huggingface_hub import create_repo
+from huggingface_hub import create_repo, snapshot_download
 from PIL import Image
-from torch import LongTensor, Tensor
+from safetensors.torch import load_file, save_file
+from torch import LongTensor, Tensor, nn
 from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -56,6 +59,33 @@ MODEL_INDEX = {
     "transformer": ["root_transformer", "RootTransformer"],
     "vqvae": ["diffusers", "VQModel"],
 }
+LORA_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LORA_PREFIX = "base_model.model."  # of all names in peft's files
+LORA_VALUES = {  # of peft's LoraConfig; others change the model's own weights, or need more than layers
+    "peft_type": ("LORA",),
+    "bias": ("none",),
+    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "layer_replication": (None,),
+    "trainable_token_indices": (None,),
+    "alora_invocation_tokens": (None,),
+}
+LORA_CARD = """---
+library_name: peft
+{base_model}pipeline_tag: text-to-image
+tags: [lora]
+---
+# {name}
+
+A LoRA of `{base}`, of rank {rank}, beside its {targets}.
+
+```python
+from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+
+pipe = LuminaMGPTPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("{name}")  # this folder or repo
+pipe("a large red sphere").images[0].save("picture.png")
+```
+"""
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
@@ -178,6 +208,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         processor.vqvae = vqvae
         self.register_modules(transformer=transformer, vqvae=vqvae, processor=processor)
         self._interrupt = False
+        self._lora_scale = 1.0
 
     @property
     def interrupt(self) -> bool:
@@ -644,6 +675,200 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             first += copies * len(sources)
         return merged
 
+    # Adapters
+
+    def load_lora_weights(self, path_or_repo: str | Path, adapter_name: str | None = None, **hub_arguments) -> None:
+        """Adds a LoRA that peft saved. From then on it alone counts, with weight 1; `set_adapters` changes that.
+
+        Args:
+            path_or_repo: folder, or repo NAMESPACE/NAME, with `adapter_config.json` and `adapter_model.safetensors`.
+            adapter_name: by which the other methods know it. Default: "default_0", "default_1", ...
+            hub_arguments: `revision`, `token`, `cache_dir`, `local_files_only`, `force_download`.
+
+        Raises:
+            ImportError: without peft.
+            ValueError: if there is no LoRA, or that of another model, or the name is taken. Nothing is loaded then.
+        """
+        peft, model, loaded = _peft(), self.transformer, self._adapters()
+        name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
+        if name in loaded:
+            raise ValueError(f"adapter_name {name!r} is taken; loaded are {loaded}")
+        self._check_unfused()
+        config, weights = _read_lora(path_or_repo, hub_arguments)
+        self._check_lora(path_or_repo, config, weights, name)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        peft.inject_adapter_in_model(config, model, name)
+        peft.set_peft_model_state_dict(model, weights, name)
+        model._hf_peft_config_loaded = True
+        model.train(model.training)  # new layers are in training mode
+        for parameter in trained:  # peft froze them
+            parameter.requires_grad_(True)
+        self.set_adapters(name)
+
+    def save_lora_weights(self, save_directory: str | Path, adapter_name: str | None = None) -> None:
+        """Writes an adapter, the active one if not named, as peft does, with a model card unless there is one."""
+        folder, peft = Path(save_directory), _peft()
+        name = adapter_name or (*self.get_active_adapters(), None)[0]
+        (name,) = self._checked_adapters([name] if name else [])
+        weights = peft.get_peft_model_state_dict(self.transformer, adapter_name=name, save_embedding_layers=False)
+        config = deepcopy(self.transformer.peft_config[name])
+        config.base_model_name_or_path = base = config.base_model_name_or_path or self.transformer.name_or_path
+        config.save_pretrained(folder)
+        tensors = {LORA_PREFIX + key: weight.contiguous().cpu() for key, weight in weights.items()}
+        save_file(tensors, folder / LORA_FILES[1], metadata={"format": "pt"})
+        if not (folder / "README.md").exists():
+            is_repo = not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
+            base = base if is_repo else Path(base).name
+            targets = sorted({key.partition(".lora_")[0].rpartition(".")[2] for key in weights if ".lora_" in key})
+            values = {"base": base, "name": folder.name, "rank": config.r, "targets": ", ".join(targets)}
+            card = LORA_CARD.format(base_model=f"base_model: {base}\n" if is_repo else "", **values)
+            (folder / "README.md").write_text(card)
+
+    def set_adapters(
+        self, adapter_names: str | list[str], adapter_weights: float | list[float | None] | None = None
+    ) -> None:
+        """Has these adapters count, all at once, each by its weight (1 if not given, and one number is for all).
+
+        What an adapter replaces (`modules_to_save`, the magnitudes of a DoRA) it replaces whole, whatever its weight.
+        """
+        names = self._checked_adapters([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        self._check_unfused()
+        given = list(adapter_weights) if isinstance(adapter_weights, list | tuple) else [adapter_weights] * len(names)
+        if len(given) != len(names):
+            raise ValueError(f"adapter_weights {given}: accepted is one number, or one for each of {names}")
+        weights = [1.0 if weight is None else weight for weight in given]
+        for weight in weights:
+            _check_weight("adapter_weights", weight)
+        for key, module in self._tuned():
+            if len(own := [name for name in names if name in getattr(module, "modules_to_save", ())]) > 1:
+                raise ValueError(f"adapters {own} each replace {key}: accepted is one of them at a time")
+        self.enable_lora()
+        self._activate(names)
+        for _, module in self._tuned():
+            if hasattr(module, "set_scale"):
+                for name, weight in zip(names, weights, strict=True):
+                    module.set_scale(name, weight)
+
+    def get_active_adapters(self) -> list[str]:
+        """Names of the adapters that count."""
+        active = {name for _, module in self._tuned() for name in module.active_adapters}
+        return [name for name in self._adapters() if name in active]
+
+    def get_list_adapters(self) -> dict[str, list[str]]:
+        """Names of all adapters, by component."""
+        return {"transformer": names} if (names := self._adapters()) else {}
+
+    def disable_lora(self) -> None:
+        """Has no adapter count, until `enable_lora`."""
+        self._check_unfused()
+        for _, module in self._tuned():
+            module.enable_adapters(False)
+
+    def enable_lora(self) -> None:
+        """Has those adapters count again that did before `disable_lora`."""
+        for _, module in self._tuned():
+            module.enable_adapters(True)
+
+    def delete_adapters(self, adapter_names: str | list[str]) -> None:
+        """Removes adapters; if none is left that counts, the last one does."""
+        names = self._checked_adapters([adapter_names] if isinstance(adapter_names, str) else list(adapter_names))
+        self._check_unfused()
+        left = [name for name in self._adapters() if name not in names]
+        if not left:
+            return self.unload_lora_weights()
+        active = [name for name in self.get_active_adapters() if name in left] or left[-1:]
+        self._activate(active[:1])  # peft would choose for each layer by itself
+        self.transformer.delete_adapter(names)
+        self._activate(active)
+
+    def unload_lora_weights(self) -> None:
+        """Removes all adapters. The weights are as before, bit by bit, except where `fuse_lora` changed them."""
+        kept = self._fused()
+        for key, module in reversed(self._tuned()):  # the inner ones first
+            if hasattr(module, "modules_to_save"):
+                replaced = [own for name, own in module.modules_to_save.items() if name in kept]
+                base = (replaced or [module.original_module])[0]
+            else:
+                base = module.get_base_layer()
+            self.transformer.set_submodule(key, base)
+        if self._adapters():
+            del self.transformer.peft_config
+            self.transformer._hf_peft_config_loaded = False
+
+    def fuse_lora(self, lora_scale: float = 1.0) -> None:
+        """Adds the adapters that count to the weights themselves: faster, and with `unload_lora_weights` for good.
+
+        `fuse_lora`, `unload_lora_weights` and `save_pretrained` write a model that needs no adapter.
+        """
+        _check_weight("lora_scale", lora_scale)
+        self._checked_adapters(self.get_active_adapters())
+        self._check_unfused()
+        if lora_scale == 0 or any(module.disable_adapters for _, module in self._tuned()):
+            raise ValueError(
+                f"lora_scale {lora_scale}: accepted is another than 0, for adapters that are not disabled"
+            )
+        if getattr(self.transformer, "is_quantized", False):
+            raise ValueError("the transformer is quantized: load it without quantization_config to fuse adapters")
+        self._lora_scale = lora_scale
+        for _, module in self._tuned():
+            if hasattr(module, "scale_layer"):
+                module.scale_layer(lora_scale)
+                module.merge()
+
+    def unfuse_lora(self) -> None:
+        """Undoes `fuse_lora`, up to rounding."""
+        for _, module in self._tuned():
+            if module.merged_adapters:
+                module.unmerge()
+                module.unscale_layer(self._lora_scale)
+
+    def _adapters(self) -> list[str]:
+        return list(getattr(self.transformer, "peft_config", {}))
+
+    def _tuned(self) -> list[tuple[str, nn.Module]]:
+        """The modules that peft has put in place of others, by name."""
+        modules = self.transformer.named_modules()
+        return [(key, module) for key, module in modules if hasattr(module, "merged_adapters")]
+
+    def _activate(self, names: list[str]) -> None:
+        for _, module in self._tuned():
+            replaces = getattr(module, "modules_to_save", names)
+            module.set_adapter([name for name in names if name in replaces], inference_mode=True)
+
+    def _fused(self) -> list[str]:
+        fused = {name for _, module in self._tuned() for name in module.merged_adapters}
+        return [name for name in self._adapters() if name in fused]
+
+    def _check_unfused(self) -> None:
+        if fused := self._fused():
+            raise ValueError(f"adapters {fused} are fused: unfuse_lora or unload_lora_weights comes first")
+
+    def _checked_adapters(self, names: list[str]) -> list[str]:
+        if not names or set(names) - {*self._adapters()} or len(set(names)) < len(names):
+            raise ValueError(f"adapters {names}: accepted are those loaded, each once: {self._adapters()}")
+        return names
+
+    def _check_lora(self, source, config, weights: dict[str, Tensor], name: str) -> None:
+        """Raises unless these are the weights that an adapter of the model has, as a twin without storage shows."""
+        peft = _peft()
+        try:
+            with torch.device("meta"):
+                twin = type(self.transformer)(deepcopy(self.transformer.config))
+                for other in self._adapters():
+                    peft.inject_adapter_in_model(deepcopy(self.transformer.peft_config[other]), twin, other)
+                peft.inject_adapter_in_model(deepcopy(config), twin, name)
+            needed = peft.get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
+        except Exception as error:  # peft's are of many kinds
+            raise ValueError(f"{source} as adapter {name!r} does not fit the model: {error}") from error
+        shapes = {key: tuple(weight.shape) for key, weight in needed.items()}
+        found = {key: tuple(weight.shape) for key, weight in weights.items()}
+        for key in sorted(shapes.keys() | found.keys()):
+            if shapes.get(key) != found.get(key):
+                wanted, given = shapes.get(key, "no such weight"), found.get(key, "none")
+                raise ValueError(
+                    f"{source} as adapter {name!r} does not fit the model: {key} is {given}, accepted is {wanted}"
+                )
+
     # Loading and saving
 
     @classmethod
@@ -664,6 +889,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         source, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype
         if not isinstance(pretrained_model_name_or_path, str | Path) or Path(source).is_file():
             raise ValueError(f"{source}: accepted is a folder, or a repo NAMESPACE/NAME")
+        if (Path(source) / LORA_FILES[0]).exists() and not (Path(source) / cls.config_name).exists():
+            raise ValueError(f"{source} is an adapter: load its model, then load_lora_weights({source!r})")
         vqvae, processor, transformer = (kwargs.pop(name, None) for name in ("vqvae", "processor", "transformer"))
         code = {"trust_remote_code": trust_remote_code, **hub}
         loading = "transformer"
@@ -711,6 +938,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file: accepted is a folder")
+        if names := self._adapters():
+            raise ValueError(
+                f"adapters {names} are loaded: fuse_lora and unload_lora_weights come first, or save_lora_weights"
+            )
         for path in (*folder.glob("*.py"), *folder.glob("*/root_*.py")):
             if path.is_symlink():
                 path.unlink()  # or the copies below would be written through it
@@ -730,6 +961,40 @@ def save_pipeline_files(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(__file__).parent / name, folder / name)
     (folder / LuminaMGPTPipeline.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+def _peft():
+    try:
+        import peft
+        import peft.functional
+    except ImportError as error:
+        raise ImportError("adapters need peft: pip install peft") from error
+    return peft
+
+
+def _read_lora(source: str | Path, hub_arguments: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
+    """peft's configuration of an adapter, and its weights by the model's names."""
+    if unknown := hub_arguments.keys() - {*HUB_ARGUMENTS}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: accepted are adapter_name, {', '.join(HUB_ARGUMENTS)}")
+    folder, peft = Path(source), _peft()
+    try:
+        if not folder.exists():
+            folder = Path(snapshot_download(str(source), allow_patterns=[*LORA_FILES], **hub_arguments))
+        if missing := [name for name in LORA_FILES if not (folder / name).is_file()]:
+            raise ValueError(f"no {missing[0]}; accepted is a folder or repo with a LoRA that peft saved")
+        config, weights = peft.PeftConfig.from_pretrained(folder), load_file(folder / LORA_FILES[1])
+    except Exception as error:  # each kind of file has errors of its own
+        raise ValueError(f"the adapter {source} cannot be loaded: {error}") from error
+    for field, accepted in LORA_VALUES.items():
+        if (value := getattr(config, field, None)) not in accepted:
+            raise ValueError(f"{source}: {field} {value!r}; accepted are {', '.join(map(repr, accepted))}")
+    own = {key.removeprefix(LORA_PREFIX): weight for key, weight in weights.items()}
+    return config, {key: weight for key, weight in own.items() if ".base_layer." not in key}
+
+
+def _check_weight(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} {value!r}: accepted are numbers")
 
 
 def _num_copies(num_images_per_prompt: int, best_of: int | None, verifier: Callable | None) -> int:
