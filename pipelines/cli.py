@@ -47,6 +47,10 @@ Prompt = Annotated[str, typer.Argument(help="What to draw.")]
 ImageFile = Annotated[Path, typer.Argument(help="The picture to start from.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="Where the picture goes.")]
 Model = Annotated[str | None, typer.Option(help="Folder or repo; the small model that comes along if not given.")]
+Lora = Annotated[
+    list[str] | None,
+    typer.Option(help="Adapter's folder or repo, and :WEIGHT if not 1, such as runs/style:0.5; once for each."),
+]
 Size = Annotated[str | None, typer.Option(help="WIDTHxHEIGHT in pixels, such as 112x80.")]
 Seed = Annotated[int | None, typer.Option(min=0, max=MAX_SEED, help="The same seed draws the same picture.")]
 Guidance = Annotated[float | None, typer.Option(help="How much the words count; 1 is without guidance.")]
@@ -71,6 +75,7 @@ def generate(
     prompt_enhancer: Enhancer = None,
     prompt_enhancer_url: EnhancerUrl = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Draw a picture of what PROMPT says."""
@@ -79,7 +84,7 @@ def generate(
         call |= {"task": "pair", "condition": condition}
     call |= {"best_of": best_of, "verifier": _verifier(verifier)}
     call["prompt_enhancer"] = _prompt_enhancer(prompt_enhancer, prompt_enhancer_url)
-    _draw(output, model, size, seed, allow_untrained, **call)
+    _draw(output, model, lora, size, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -91,11 +96,12 @@ def complete(
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Draw what is below IMAGE, as PROMPT says."""
     call = {"image": image, "prompt": prompt, "task": "complete", "guidance_scale": guidance_scale}
-    _draw(output, model, size, seed, allow_untrained, **call)
+    _draw(output, model, lora, size, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -106,11 +112,12 @@ def edit(
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Change IMAGE as INSTRUCTION says."""
     call = {"image": image, "prompt": instruction, "guidance_scale": guidance_scale}
-    _draw(output, model, None, seed, allow_untrained, **call)
+    _draw(output, model, lora, None, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -125,12 +132,13 @@ def control(
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Draw PROMPT in the shape that IMAGE gives."""
     call: dict[str, Any] = {"image": image, "prompt": prompt, "task": "panel" if condition else "control"}
     call |= {"condition": condition, "guidance_scale": guidance_scale}
-    _draw(output, model, size, seed, allow_untrained, **call)
+    _draw(output, model, lora, size, seed, allow_untrained, **call)
 
 
 @app.command()
@@ -141,10 +149,11 @@ def predict(
     output: Output = Path("prediction.png"),
     seed: Seed = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Predict something of IMAGE: a picture, numbers (-o depth.npy), or text that is printed."""
-    _draw(output, model, None, seed, allow_untrained, image=image, prompt=prompt, task=task)
+    _draw(output, model, lora, None, seed, allow_untrained, image=image, prompt=prompt, task=task)
 
 
 @app.command()
@@ -154,11 +163,12 @@ def restore(
     color_fix: Annotated[str, typer.Option(help="How to keep IMAGE's colors: wavelet, adain or none.")] = "wavelet",
     seed: Seed = None,
     model: Model = None,
+    lora: Lora = None,
     allow_untrained: AllowUntrained = False,
 ):
     """Restore a degraded IMAGE, and print what is the matter with it."""
     fix = None if color_fix == "none" else color_fix
-    _draw(output, model, None, seed, allow_untrained, image=image, task="restore", color_fix=fix)
+    _draw(output, model, lora, None, seed, allow_untrained, image=image, task="restore", color_fix=fix)
 
 
 @app.command()
@@ -166,6 +176,7 @@ def chat(
     output_dir: Annotated[Path, typer.Option(help="Where the answers' pictures go.")] = Path("."),
     seed: Seed = None,
     model: Model = None,
+    lora: Lora = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="At most so many in an answer.")] = None,
     allow_untrained: AllowUntrained = False,
 ):
@@ -173,7 +184,7 @@ def chat(
 
     A line such as "/depth <photo.png>" or "/detection a red cube <photo.png>" asks for a task in the model's words.
     """
-    pipe, generator = _load(model), _generator(seed)
+    pipe, generator = _load(model, lora), _generator(seed)
     messages: Any = []
     num_pictures = 0
     while line := typer.prompt(">", default="", show_default=False, prompt_suffix=" "):
@@ -224,12 +235,13 @@ def evaluate(
     guidance_scale: Guidance = None,
     best_of: Annotated[int, typer.Option(min=1, help="Pictures of each sentence; the best one counts.")] = 1,
     model: Model = None,
+    lora: Lora = None,
 ):
     """Draw held-out sentences of the Tabletop world and judge the pictures."""
     from modeling_lumina_mgpt.training.evaluate import run_evaluation
 
     options: dict[str, Any] = {"seed": seed, "guidance_scale": guidance_scale, "best_of": best_of, **_size(size)}
-    run_evaluation(_load(model), output_dir, num_per_category, **options)
+    run_evaluation(_load(model, lora), output_dir, num_per_category, **options)
 
 
 @app.command()
@@ -287,18 +299,25 @@ def push(
     folder: Annotated[Path, typer.Argument(help="What training or `save_pretrained` wrote.")],
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
 ):
-    """Upload FOLDER, with its model card and its code, to the Hub."""
+    """Upload FOLDER, a model with its card and its code or an adapter, to the Hub."""
     from huggingface_hub import HfApi
 
-    if not (folder / "model_index.json").is_file():
-        raise ValueError(f"{folder} has no model_index.json: not a model's folder")
-    api, ignored = HfApi(), ["trainer/*", "data/*", "*__pycache__*", "source.json"]
+    if not any((folder / name).is_file() for name in ("model_index.json", "adapter_model.safetensors")):
+        raise ValueError(f"{folder} has no model_index.json: not a model's folder; nor is it an adapter's")
+    api = HfApi()
+    ignored = ["trainer/*", "data/*", "*__pycache__*", "source.json", "training_args.bin"]
     repo = api.create_repo(repo_id, exist_ok=True)
     typer.echo(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored).commit_url)
 
 
 def _draw(
-    output: Path, model: str | None, size: str | None, seed: int | None, allow_untrained: bool, **call: Any
+    output: Path,
+    model: str | None,
+    lora: list[str] | None,
+    size: str | None,
+    seed: int | None,
+    allow_untrained: bool,
+    **call: Any,
 ) -> None:
     """Calls the pipeline, prints what it says and saves what it draws."""
     from .pipeline_lumina_mgpt import VerifierError
@@ -308,7 +327,7 @@ def _draw(
     if suffix != ".npy" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png, or .npy")
     try:
-        answer: Any = _load(model)(generator=_generator(seed), **call)
+        answer: Any = _load(model, lora)(generator=_generator(seed), **call)
     except VerifierError as error:
         for i, picture in enumerate(error.output.images, 1):
             _save(picture, output.with_stem(f"{output.stem}-{i}"))
@@ -391,8 +410,8 @@ def _generator(seed: int | None):
     return None if seed is None else torch.Generator().manual_seed(seed)
 
 
-def _load(model: str | None) -> "LuminaMGPTPipeline":
-    """The pipeline on an accelerator if there is one, in bfloat16 there and in float32 on the CPU."""
+def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeline":
+    """The pipeline with its adapters, on an accelerator if there is one; in bfloat16 there, in float32 on the CPU."""
     import torch
     from transformers.utils import logging
 
@@ -404,7 +423,20 @@ def _load(model: str | None) -> "LuminaMGPTPipeline":
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe = LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    weights = {}
+    for name, weight in map(_weighed, lora or []):
+        pipe.load_lora_weights(_existing(name, "lora"))
+        weights[pipe.get_active_adapters()[0]] = weight
+    if weights:
+        pipe.set_adapters([*weights], [*weights.values()])
+    return pipe
+
+
+def _weighed(lora: str) -> tuple[str, float]:
+    """NAME:WEIGHT in two; the weight is 1 if not given."""
+    match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", lora)
+    return (match[1], float(match[2])) if match else (lora, 1.0)
 
 
 def _existing(name: str, what: str, others: str = "") -> str:

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline, VQModel
 from diffusers import __version__ as diffusers_version
+from diffusers.quantizers import PipelineQuantizationConfig
 from diffusers.utils import BaseOutput
 from huggingface_hub import create_repo, snapshot_download
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from torch import LongTensor, Tensor, nn
+from torch import LongTensor, Tensor
 from transformers import (
     AutoModelForMultimodalLM,
     AutoProcessor,
@@ -825,7 +826,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
     def _adapters(self) -> list[str]:
         return list(getattr(self.transformer, "peft_config", {}))
 
-    def _tuned(self) -> list[tuple[str, nn.Module]]:
+    def _tuned(self) -> list[tuple[str, Any]]:
         """The modules that peft has put in place of others, by name."""
         modules = self.transformer.named_modules()
         return [(key, module) for key, module in modules if hasattr(module, "merged_adapters")]
@@ -883,8 +884,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             trust_remote_code: whether to run a repo's code; not needed where this package is installed.
             kwargs: components to use instead of the repo's own (`transformer`, `vqvae`, `processor`); `revision`,
                 `token`, `cache_dir`, `local_files_only`, `force_download`; all else goes to the transformer:
-                `device_map`, `quantization_config`, `attn_implementation`, ...
+                `device_map`, `quantization_config` (transformers' or diffusers'), `attn_implementation`, ...
         """
+        if isinstance(quantization := kwargs.get("quantization_config"), PipelineQuantizationConfig):
+            kwargs["quantization_config"] = quantization._resolve_quant_config(False, "transformer")
         hub = {name: kwargs.pop(name) for name in HUB_ARGUMENTS if name in kwargs}
         source, dtype = str(pretrained_model_name_or_path), dtype or torch_dtype
         if not isinstance(pretrained_model_name_or_path, str | Path) or Path(source).is_file():
