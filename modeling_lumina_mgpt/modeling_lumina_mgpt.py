@@ -30,7 +30,7 @@ from .configuration_lumina_mgpt import LuminaMGPTConfig
 from .generation_lumina_mgpt import LuminaMGPTGenerationMixin
 
 IGNORED_LABEL = -100
-LOGITS_PER_CHUNK = 2**24  # 64 MB in float32
+LOGITS_PER_CHUNK = 2**25  # 128 MB in float32
 
 
 @dataclass

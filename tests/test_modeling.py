@@ -11,7 +11,10 @@ import pytest
 import torch
 from accelerate import infer_auto_device_map
 from golden_weights import build_golden_decoder, load_golden, published_decoder
+from peft import LoraConfig, get_peft_model
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -25,7 +28,7 @@ from transformers import (
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor
 from modeling_lumina_mgpt.configuration_lumina_mgpt import AUTO_MAP
-from modeling_lumina_mgpt.modeling_lumina_mgpt import language_losses
+from modeling_lumina_mgpt.modeling_lumina_mgpt import LuminaMGPTHead, language_losses
 
 VOCAB_SIZE, LENGTH = 97, 12
 VARIANTS = {"plain": {}, "swin": {"swin_norm": True, "num_key_value_heads": 2, "model_parallel_size": 2}}
@@ -204,12 +207,39 @@ def test_dropout_follows_the_swin_norm():
 
 # Losses
 
+CHUNK = "modeling_lumina_mgpt.modeling_lumina_mgpt.LOGITS_PER_CHUNK"
+Z_LOSS_WEIGHT = 0.1
+
+
+def some_labels(ids: torch.Tensor) -> torch.Tensor:
+    """All but a prompt, a place inside and a whole row."""
+    labels = ids.clone()
+    labels[0, :8] = labels[1, 5] = labels[2] = -100
+    return labels
+
+
+def by_position(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy and z-loss `(batch, length)` from all logits."""
+    targets = F.pad(labels, (0, 1), value=-100)[:, 1:]
+    z_losses = logits.logsumexp(-1).square().masked_fill(targets < 0, 0)
+    return F.cross_entropy(logits.transpose(1, 2), targets, reduction="none"), z_losses
+
+
+def mean_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    cross_entropy, z_losses = by_position(logits.float() if logits.dtype == torch.bfloat16 else logits, labels)
+    return (cross_entropy + Z_LOSS_WEIGHT * z_losses).sum() / (labels[:, 1:] != -100).sum()
+
+
+def gradients(loss: torch.Tensor, model: torch.nn.Module) -> list[torch.Tensor]:
+    return list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
+
 
 def test_loss_gradient_equals_the_one_by_hand():
     logits = torch.randn(2, 5, 7, dtype=torch.float32, generator=torch.Generator().manual_seed(0)).requires_grad_()
     labels = torch.tensor([[-100, 3, -100, 6, 2], [-100, -100, -100, -100, 0]])
-    cross_entropy, z_loss = language_losses(logits, labels)
-    (cross_entropy + 0.1 * z_loss).backward()
+    head = LuminaMGPTHead(7, 7, bias=False)
+    torch.nn.init.eye_(head.weight)
+    language_losses(head, logits, labels, 0.1)["loss"].backward()
 
     expected = torch.zeros_like(logits)
     places = [(0, 0, 3), (0, 2, 6), (0, 3, 2), (1, 3, 0)]  # (row, position, next token)
@@ -219,18 +249,162 @@ def test_loss_gradient_equals_the_one_by_hand():
     torch.testing.assert_close(logits.grad, expected / len(places))
 
 
+@pytest.mark.parametrize("positions_per_chunk", [1, 4, 1000])
+@pytest.mark.parametrize("dtype, atol", [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_chunked_losses_and_gradients_equal_those_of_all_logits(monkeypatch, dtype, atol, positions_per_chunk):
+    monkeypatch.setattr(CHUNK, positions_per_chunk * VOCAB_SIZE)
+    model, ids = tiny_model(z_loss_weight=Z_LOSS_WEIGHT).to(dtype).train(), random_ids(3, LENGTH)
+    labels, logits = some_labels(ids), model(ids).logits
+    expected = mean_loss(logits, labels)
+    cross_entropy, z_losses = by_position(logits, labels)
+    for skip_logits in (None, False):
+        outputs = model(ids, labels=labels, skip_logits=skip_logits)
+        assert (outputs.logits is None) == (skip_logits is None)
+        close = {"atol": atol, "rtol": 0}
+        torch.testing.assert_close(outputs.loss, expected, **close)
+        torch.testing.assert_close(outputs.cross_entropy, cross_entropy.detach(), **close)
+        torch.testing.assert_close(outputs.z_losses, z_losses.detach(), **close)
+        torch.testing.assert_close(outputs.z_loss, z_losses.detach().sum() / (labels[:, 1:] != -100).sum(), **close)
+        assert not (
+            outputs.cross_entropy.requires_grad or outputs.z_losses.requires_grad or outputs.z_loss.requires_grad
+        )
+        pairs = zip(
+            gradients(outputs.loss, model),
+            torch.autograd.grad(expected, list(model.parameters()), retain_graph=True),
+            strict=True,
+        )
+        for ours, theirs in pairs:
+            torch.testing.assert_close(ours, theirs, **close)
+
+
+def test_training_makes_no_tensor_as_large_as_its_logits(monkeypatch):
+    class LargestTensor(TorchDispatchMode):
+        num_elements = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            output = func(*args, **(kwargs or {}))
+            if isinstance(output, torch.Tensor):
+                self.num_elements = max(self.num_elements, output.numel())
+            return output
+
+    monkeypatch.setattr(CHUNK, 4 * VOCAB_SIZE)
+    model, ids = tiny_model("plain").train(), random_ids(8, 8)
+    labels = ids.clone()
+    labels[:, :4] = -100  # 32 positions are predicted
+    largest = {}
+    for skip_logits in (True, False):
+        with LargestTensor() as mode:
+            model(ids, labels=labels, skip_logits=skip_logits).loss.backward()
+        largest[skip_logits] = mode.num_elements
+    assert largest[False] == 64 * VOCAB_SIZE and largest[True] < 32 * VOCAB_SIZE + 1
+
+
+def test_a_loss_is_differentiated_once():
+    ids = random_ids(1, 5)
+    loss = tiny_model()(ids, labels=ids).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated already"):
+        loss.backward()
+
+
 def test_accumulated_gradients_equal_one_batch():
     ids = random_ids(3, LENGTH)
-    labels = ids.clone()
-    labels[0, :8] = -100
-    model = tiny_model(z_loss_weight=0.1)
-    weight = model.lm_head.weight
-    cross_entropy, z_loss = language_losses(model(ids).logits, labels)
-    (whole,) = torch.autograd.grad(cross_entropy + 0.1 * z_loss, weight)
+    labels = some_labels(ids)
+    model = tiny_model(z_loss_weight=Z_LOSS_WEIGHT)
+    whole = gradients(mean_loss(model(ids).logits, labels), model)
     count = (labels[:, 1:] != -100).sum()
-    for rows in (slice(0, 1), slice(1, 3)):
+    for rows in (slice(0, 1), slice(1, 2), slice(2, 3)):  # of the last row nothing is predicted
         model(ids[rows], labels=labels[rows], num_items_in_batch=count).loss.backward()
-    torch.testing.assert_close(weight.grad, whole)
+    torch.testing.assert_close([p.grad for p in model.parameters()], whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("num_items_in_batch", [None, 0, torch.tensor(0)])
+def test_nothing_to_predict_is_no_loss(num_items_in_batch):
+    ids, model = random_ids(2, LENGTH), tiny_model()
+    outputs = model(ids, labels=torch.full_like(ids, -100), num_items_in_batch=num_items_in_batch)
+    assert outputs.loss.item() == outputs.z_loss.item() == 0
+    assert not any(gradient.any() for gradient in gradients(outputs.loss, model))
+
+
+def test_autocast_multiplies_in_its_dtype_and_keeps_the_rest():
+    ids, model = random_ids(3, LENGTH), tiny_model(z_loss_weight=Z_LOSS_WEIGHT)
+    labels = some_labels(ids)
+    exact = gradients(mean_loss(model(ids).logits, labels), model)
+    with torch.autocast("cpu", torch.bfloat16):
+        full = mean_loss(model(ids).logits, labels)
+        loss = model(ids, labels=labels).loss
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(full.item(), abs=1e-5)
+    for ours, theirs, true in zip(gradients(loss, model), gradients(full, model), exact, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - true).norm() < 1.2 * (theirs - true).norm() + 1e-3 * true.norm()
+
+
+def test_weights_in_bfloat16_train_on_a_loss_in_float32():
+    ids, model = random_ids(3, LENGTH), tiny_model(z_loss_weight=Z_LOSS_WEIGHT).bfloat16()
+    outputs = model(ids, labels=ids, skip_logits=False)
+    assert outputs.loss.dtype == outputs.cross_entropy.dtype == torch.float32
+    expected = mean_loss(outputs.logits, ids)
+    assert outputs.loss.item() == pytest.approx(expected.item(), abs=1e-5)
+    ours, theirs = (torch.autograd.grad(loss, model.lm_head.weight)[0] for loss in (outputs.loss, expected))
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=2e-2)
+
+
+ADAPTERS = {
+    "frozen head": {"target_modules": "all-linear"},
+    "whole head": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "embed_tokens"]},
+}
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
+def test_adapters_train_on_the_same_loss(adapter):
+    config = LoraConfig(r=4, init_lora_weights=False, **adapter)
+    model = get_peft_model(tiny_model(z_loss_weight=Z_LOSS_WEIGHT), config).train()
+    ids = random_ids(3, LENGTH)
+    labels = some_labels(ids)
+    expected, loss = mean_loss(model(input_ids=ids).logits, labels), model(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(gradients(loss, model), gradients(expected, model), atol=1e-5, rtol=0)
+    trained = {name.split(".modules_to_save")[0] for name, p in model.named_parameters() if p.requires_grad}
+    assert any(name.endswith("lm_head") for name in trained) == ("modules_to_save" in adapter)
+
+
+def test_an_adapter_on_the_head_is_refused():
+    model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj", "lm_head"]))
+    ids = random_ids(1, 5)
+    assert model(input_ids=ids).logits.shape == (1, 5, VOCAB_SIZE)
+    with pytest.raises(ValueError, match=r"modules_to_save=\['lm_head'\]"):
+        model(input_ids=ids, labels=ids)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`")
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_packed_row_has_the_losses_of_its_parts(attention, checkpointing):
+    model = tiny_model(attn_implementation=attention).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    for lengths in ([5, 4, 3], [4, 4, 4], [12]):
+        row = random_ids(1, sum(lengths))
+        parts = [model(part, labels=part) for part in row.split(lengths, 1)]
+        positions = torch.cat([torch.arange(length) for length in lengths])[None]
+        packed = model(row, labels=row, position_ids=positions)
+        expected = torch.cat([part.cross_entropy for part in parts], 1)
+        torch.testing.assert_close(packed.cross_entropy, expected, atol=1e-5, rtol=0)
+        num_predicted = sum(lengths) - len(lengths)
+        whole = sum(part.loss * (length - 1) for part, length in zip(parts, lengths, strict=True)) / num_predicted
+        torch.testing.assert_close(gradients(packed.loss, model), gradients(whole, model), atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_compiled_model_trains_on_the_same_loss_and_is_compiled_for_all_shapes():
+    model, counter = tiny_model("plain", z_loss_weight=Z_LOSS_WEIGHT).train(), CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for index, shape in enumerate([(2, 12), (2, 15), (3, 15), (4, 9), (5, 20), (2, 21)]):
+        ids = random_ids(*shape, seed=index)
+        labels = F.pad(ids[:, index + 1 :], (index + 1, 0), value=-100)
+        pairs = [gradients(m(ids, labels=labels, use_cache=False).loss, model) for m in (compiled, model)]
+        torch.testing.assert_close(*pairs, atol=1e-5, rtol=0)
+    assert counter.frame_count <= 3  # once as it is, once for any length, once for any batch
 
 
 def test_image_codes_can_be_learned():
