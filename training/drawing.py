@@ -41,7 +41,7 @@ def draw_depth(
 
 
 def draw_normals(normals: np.ndarray, flip: str = "") -> Image.Image:
-    """Unit vectors as colors, (n + 1) / 2.
+    """Unit vectors as colors, (n + 1) / 2; what is none, as zeros are, is not known and black.
 
     Args:
         normals: (height, width, 3) right, up and toward the viewer, once the axes in `flip` are turned round.
@@ -50,7 +50,9 @@ def draw_normals(normals: np.ndarray, flip: str = "") -> Image.Image:
     if not isinstance(flip, str) or set(flip) - set("xyz"):
         raise ValueError(f"flip {flip!r}: accepted are letters of 'xyz'")
     signs = np.array([-1.0 if axis in flip else 1.0 for axis in "xyz"])
-    return Image.fromarray(((normals * signs + 1) / 2 * 255).round().clip(0, 255).astype(np.uint8))
+    colors = ((normals * signs + 1) / 2 * 255).round().clip(0, 255)
+    known = np.abs(np.linalg.norm(normals, axis=-1, keepdims=True) - 1) < 0.5
+    return Image.fromarray(np.where(known, colors, 0).astype(np.uint8))
 
 
 def draw_labels(labels: np.ndarray, palette: Sequence[Sequence[int]]) -> Image.Image:
@@ -68,23 +70,26 @@ def voc_palette() -> list[list[int]]:
     ]
 
 
-def draw_skeletons(people: np.ndarray, width_px: int, height_px: int) -> Image.Image:
+def draw_skeletons(
+    people: np.ndarray, width_px: int, height_px: int, limbs: Sequence[tuple[int, int]] = LIMBS
+) -> Image.Image:
     """Limbs and joints in colors of their own on black.
 
     Args:
-        people: (people, 17, 3) x, y in pixels and visibility of COCO's keypoints; 0 is not labelled.
+        people: (people, joints, 3) x, y in pixels and visibility, which is 0 for what is not labelled.
+        limbs: pairs of joints; COCO's if not given.
     """
     picture = Image.new("RGB", (width_px, height_px))
     draw = ImageDraw.Draw(picture)
     thickness_px = max(2, round(min(width_px, height_px) / 100))
     for person in people:
-        for i, limb in enumerate(LIMBS):
+        for i, limb in enumerate(limbs):
             (*start, start_seen), (*end, end_seen) = (person[joint].tolist() for joint in limb)
             if start_seen > 0 and end_seen > 0:
-                draw.line([*start, *end], _hue(i / len(LIMBS), 0.6), thickness_px)
+                draw.line([*start, *end], _hue(i / len(limbs), 0.6), thickness_px)
         for i, (x, y, seen) in enumerate(person.tolist()):
             if seen > 0:
-                draw.circle((x, y), thickness_px, _hue(i / NUM_KEYPOINTS, 1.0))
+                draw.circle((x, y), thickness_px, _hue(i / len(person), 1.0))
     return picture
 
 

@@ -1,0 +1,380 @@
+"""Tabletop's scenes: what stands on the table, how it is sampled, and the sentences that describe it.
+
+A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through
+a pinhole camera; for pose, a jointed mannequin stands among them. It is sampled from a seed and known completely.
+
+Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 2 table units wide.
+"""
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from .tabletop_mannequin import CAPSULES, POSES, Mannequin, sample_mannequin
+
+SHAPES = ("sphere", "cube", "cylinder", "cone")
+SIZES = {"small": 0.66, "large": 1.0}  # half the width
+COLORS = {
+    "red": (0.86, 0.12, 0.12),
+    "orange": (0.98, 0.50, 0.05),
+    "yellow": (0.96, 0.84, 0.10),
+    "green": (0.13, 0.62, 0.20),
+    "cyan": (0.10, 0.74, 0.78),
+    "blue": (0.13, 0.27, 0.86),
+    "purple": (0.50, 0.15, 0.72),
+    "pink": (0.98, 0.42, 0.70),
+}
+TABLES = {
+    "white": (0.90, 0.90, 0.89),
+    "dark": (0.27, 0.28, 0.31),
+    "wooden": (0.68, 0.58, 0.47),
+}
+WALLS = ((0.93, 0.93, 0.92), (0.42, 0.44, 0.48))
+# Few lights, tables, walls and turns: what no sentence speaks of must not outweigh, in the loss, what it speaks of.
+LIGHT_AZIMUTHS = (-0.8, 0.8)  # radians
+YAWS = (0.0, math.pi / 8, math.pi / 4, 3 * math.pi / 8)
+LIGHT_ELEVATION = 0.9
+
+FOCAL_LENGTH = 2.9  # in halves of the picture's shorter side
+CAMERA_HEIGHT = 3.4
+TARGET = (0.5, 7.2)  # (y, z) of the point that the camera looks at
+PITCH = math.atan2(CAMERA_HEIGHT - TARGET[0], TARGET[1])  # downward, radians
+NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
+
+# One combination of shape, color and size for each color, two for each shape: seen in the test split only.
+HELD_OUT = frozenset((SHAPES[i % 4], color, ("small", "large")[(i // 4 + i) % 2]) for i, color in enumerate(COLORS))
+
+
+@dataclass(frozen=True)
+class SceneObject:
+    shape: str
+    color: str
+    size: str
+    x: float
+    z: float
+    yaw: float  # radians; matters for cubes only
+
+    @property
+    def radius(self) -> float:
+        return SIZES[self.size]
+
+    @property
+    def height(self) -> float:
+        return 2.3 * self.radius if self.shape == "cone" else 2 * self.radius * (0.85 if self.shape == "cube" else 1)
+
+    @property
+    def combination(self) -> tuple[str, str, str]:
+        return (self.shape, self.color, self.size)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Objects, left to right, and how they are seen. Everything that the renderer and the captions need."""
+
+    objects: tuple[SceneObject, ...]
+    table: str
+    wall: int
+    light_azimuth: float  # radians, 0 is from the viewer, positive from the right
+    mannequin: Mannequin | None = None
+
+
+@dataclass(frozen=True)
+class Caption:
+    """A sentence and what it commits to. `None` marks an attribute that the sentence leaves open.
+
+    `mentions`: (count, shape, color, size) for each phrase; `relation`: (index, word, index) into `mentions`.
+    """
+
+    text: str
+    mentions: tuple[tuple[int, str | None, str | None, str | None], ...]
+    relation: tuple[int, str, int] | None = None
+
+
+# --- sampling --------------------------------------------------------------------------------------------------------
+
+
+def sample_scene(
+    rng: random.Random,
+    width_px: int,
+    height_px: int,
+    num_objects: int | None = None,
+    split: str = "train",
+    with_mannequin: bool = False,
+) -> Scene:
+    """Draws a scene whose objects all lie inside a picture of that shape, apart, and mostly visible.
+
+    Args:
+        num_objects: 1 to 4; drawn if None.
+        split: "train" has no held-out combination (and may be kept for validation: `split_of`), "test" at least one,
+            "any" whatever comes.
+    """
+    if split not in ("train", "test", "any"):
+        raise ValueError(f"split is {split!r}; accepted are 'train', 'test' and 'any'.")
+    count = num_objects or rng.choices((1, 2, 3, 4), weights=(3, 1, 0, 0) if with_mannequin else (3, 4, 2, 2))[0]
+    if not 1 <= count <= 4:
+        raise ValueError(f"num_objects is {num_objects}; a scene holds 1 to 4 objects.")
+    while True:
+        combinations = _sample_combinations(rng, count)
+        held_out = sum(c in HELD_OUT for c in combinations)
+        if (split == "train" and held_out) or (split == "test" and not held_out):
+            continue
+        mannequin = _place_mannequin(rng, width_px, height_px) if with_mannequin else None
+        objects = _place(rng, combinations, width_px, height_px, mannequin)
+        if objects is not None:
+            break
+    return Scene(
+        objects=left_to_right(objects),
+        table=rng.choice(list(TABLES)),
+        wall=rng.randrange(len(WALLS)),
+        light_azimuth=rng.choice(LIGHT_AZIMUTHS),
+        mannequin=mannequin,
+    )
+
+
+def sample_split_scene(rng: random.Random, width_px: int, height_px: int, split: str, **options) -> Scene:
+    """As `sample_scene`, but from "train", "validation" or "test" by `split_of`: none has another's scenes."""
+    while True:
+        scene = sample_scene(rng, width_px, height_px, split="test" if split == "test" else "train", **options)
+        if split_of(scene) == split:
+            return scene
+
+
+def left_to_right(objects: Iterable[SceneObject]) -> tuple[SceneObject, ...]:
+    return tuple(sorted(objects, key=lambda o: o.x / o.z))
+
+
+def split_of(scene: Scene) -> str:
+    """ "test" with a held-out combination; of the others a sixteenth is "validation", by which objects it holds."""
+    combinations = sorted(o.combination for o in scene.objects)
+    if HELD_OUT & set(combinations):
+        return "test"
+    return "validation" if _hash(repr(combinations)) % 16 == 1 else "train"
+
+
+def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
+    """Free draws; in a third of the scenes one kind of object repeated, so that counting has something to count.
+
+    Four objects are small, else there is hardly a place for them.
+    """
+    sizes = list(SIZES) if count < 4 else ["small"]
+
+    def draw() -> tuple[str, str, str]:
+        return rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(sizes)
+
+    if rng.random() < 0.65:
+        return [draw() for _ in range(count)]
+    shape, color, size = draw()
+    if rng.random() < 0.5:
+        return [(shape, color, size)] * count
+    return [(shape, rng.choice(list(COLORS)), rng.choice(sizes)) for _ in range(count)]
+
+
+def _place_mannequin(rng: random.Random, width_px: int, height_px: int) -> Mannequin:
+    """Anywhere in the frame."""
+    pose = rng.choice(POSES)
+    while True:
+        mannequin = sample_mannequin(rng, pose, rng.uniform(-1.7, 1.7), rng.uniform(5.8, 8.0))
+        if fits(mannequin, [], width_px, height_px):
+            return mannequin
+
+
+def _place(rng, combinations, width_px, height_px, mannequin=None) -> list[SceneObject] | None:
+    """Positions by rejection: in the frame, apart on the table, and not hidden behind one another."""
+    half_w = width_px / min(width_px, height_px)
+    objects: list[SceneObject] = []
+    for _ in range(30 * len(combinations)):
+        shape, color, size = combinations[len(objects)]
+        z = rng.uniform(5.2, 8.8)
+        reach = max(half_w * z / FOCAL_LENGTH - SIZES[size], 0.05)
+        candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.choice(YAWS))
+        if fits(candidate, [*objects, mannequin] if mannequin else objects, width_px, height_px):
+            objects.append(candidate)
+            if len(objects) == len(combinations):
+                return objects
+    return None
+
+
+def fits(
+    candidate: SceneObject | Mannequin, others: Sequence[SceneObject | Mannequin], width_px: int, height_px: int
+) -> bool:
+    """Whether it lies inside the frame, apart from the others, neither hidden by nor hiding much of them."""
+    half_w, half_h = width_px / min(width_px, height_px), height_px / min(width_px, height_px)
+    if not all(_apart(candidate, o) for o in others):
+        return False
+    box = _projected_box(candidate)
+    inside = -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
+    return inside and all(_visible(candidate, box, o, _projected_box(o)) for o in others)
+
+
+def _apart(a: SceneObject | Mannequin, b: SceneObject | Mannequin) -> bool:
+    return math.hypot(a.x - b.x, a.z - b.z) >= 1.25 * (a.radius + b.radius)
+
+
+def _visible(a: SceneObject | Mannequin, box_a, b: SceneObject | Mannequin, box_b) -> bool:
+    width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
+    height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
+    hidden = box_a if a.z > b.z else box_b
+    share = 0.05 if isinstance(a, Mannequin) or isinstance(b, Mannequin) else 0.2  # its limbs are thin
+    return max(width, 0) * max(height, 0) < share * (hidden[2] - hidden[0]) * (hidden[3] - hidden[1])
+
+
+def project(x: float, y: float, z: float) -> tuple[float, float]:
+    """Picture coordinates in halves of the shorter side, (right, up) from the center."""
+    cos, sin = math.cos(PITCH), math.sin(PITCH)
+    depth = z * cos - (y - CAMERA_HEIGHT) * sin
+    return FOCAL_LENGTH * x / depth, FOCAL_LENGTH * ((y - CAMERA_HEIGHT) * cos + z * sin) / depth
+
+
+@lru_cache(maxsize=64)
+def _projected_box(o: SceneObject | Mannequin) -> tuple[float, float, float, float]:
+    """Box of the object's bounding cylinder, or of the mannequin's limbs, in picture coordinates (left, bottom, right,
+    top)."""
+    if isinstance(o, Mannequin):
+        points = [
+            project(x + dx, y + dy, z)
+            for a, b, radius in CAPSULES
+            for x, y, z in (o.points[a], o.points[b])
+            for dx, dy in ((-radius, -radius), (radius, radius))
+        ]
+    else:
+        radius = o.radius * (1.2 if o.shape == "cube" else 1.0)
+        points = [
+            project(o.x + dx * radius, y, o.z + dz * radius)
+            for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
+            for y in (0.0, o.height)
+        ]
+    us, vs = zip(*points, strict=True)
+    return min(us), min(vs), max(us), max(vs)
+
+
+# --- sentences -------------------------------------------------------------------------------------------------------
+
+OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image showing ")
+NUMBER_WORDS = ("zero", "one", "two", "three", "four")
+RELATION_MARGIN = {"x": 0.55, "z": 1.0}  # table units by which objects must differ before a sentence compares them
+
+
+def describe(scene: Scene, rng: random.Random, split: str = "train") -> Caption:
+    """A sentence that names every object of the scene, in varied wording and detail; lists go from left to right.
+
+    Sentences of two splits never coincide; "any" is all of them. ValueError if this scene has none in its split.
+    """
+    for _ in range(100):
+        caption = _describe(scene, rng)
+        if split in ("any", split_of_sentence(caption.text)):
+            return caption
+    raise ValueError(f"the scene has no sentence in the {split} split")
+
+
+def in_test_split(sentence: str) -> bool:
+    """One sentence in sixteen, by its hash."""
+    return split_of_sentence(sentence) == "test"
+
+
+def split_of_sentence(sentence: str) -> str:
+    """ "train", "validation" or "test": of sixteen sentences fourteen, one and one, by their hash."""
+    return {0: "test", 1: "validation"}.get(_hash(sentence) % 16, "train")
+
+
+def _hash(text: str) -> int:
+    return hashlib.sha256(text.encode()).digest()[0]
+
+
+def _describe(scene: Scene, rng: random.Random) -> Caption:
+    kinds = {(o.shape, o.color) for o in scene.objects}
+    shapes = {o.shape for o in scene.objects}
+    styles = [_list_sentence] * 2 if len(kinds) == len(scene.objects) else [_counting_sentence] * 4
+    if len(scene.objects) == 2:
+        styles += [_relation_sentence] * 2
+    if len(scene.objects) > 1 and len(shapes) == 1:
+        styles += [_shape_counting_sentence] * 2
+    caption = rng.choice(styles)(scene, rng)
+    place = f" on a {scene.table} table" if rng.random() < 0.3 else ""
+    opening = rng.choice(OPENINGS)
+    if opening == "there is " and caption.mentions[0][0] > 1:
+        opening = "there are "
+    return Caption(opening + caption.text + place + rng.choice(("", ".")), caption.mentions, caption.relation)
+
+
+def _list_sentence(scene: Scene, rng: random.Random) -> Caption:
+    repeated = len({o.shape for o in scene.objects}) < len(scene.objects)
+    sized, colored = rng.random() < 0.5, repeated or rng.random() < 0.8
+    mentions = [(1, o.shape, o.color if colored else None, o.size if sized else None) for o in scene.objects]
+    return Caption(join_phrases([noun_phrase(m) for m in mentions]), tuple(mentions))
+
+
+def _counting_sentence(scene: Scene, rng: random.Random) -> Caption:
+    """Groups of equal shape and color: "two red cubes and a blue sphere"."""
+    sized = rng.random() < 0.3
+    groups: dict[tuple, int] = {}
+    for o in scene.objects:
+        key = (o.shape, o.color, o.size if sized else None)
+        groups[key] = groups.get(key, 0) + 1
+    mentions = [(count, *key) for key, count in groups.items()]
+    return Caption(join_phrases([noun_phrase(m) for m in mentions]), tuple(mentions))
+
+
+def _shape_counting_sentence(scene: Scene, rng: random.Random) -> Caption:
+    mention = (len(scene.objects), scene.objects[0].shape, None, None)
+    return Caption(noun_phrase(mention), (mention,))
+
+
+def _relation_sentence(scene: Scene, rng: random.Random) -> Caption:
+    left, right = scene.objects
+    if (left.shape, left.color) == (right.shape, right.color):
+        return _counting_sentence(scene, rng)
+    options = []
+    if right.x - left.x > RELATION_MARGIN["x"]:
+        options += [(0, "left of", 1), (1, "right of", 0)]
+    if abs(left.z - right.z) > RELATION_MARGIN["z"]:
+        near = 0 if left.z < right.z else 1
+        options += [(near, "in front of", 1 - near), (1 - near, "behind", near)]
+    if not options:
+        return _list_sentence(scene, rng)
+    first, word, second = rng.choice(options)
+    named = _list_sentence(scene, rng).mentions
+    article = rng.choice(("", "to the ")) if word in ("left of", "right of") else ""
+    text = f"{noun_phrase(named[first])} {article}{word} {noun_phrase(named[second])}"
+    return Caption(text, (named[first], named[second]), (0, word, 1))
+
+
+def noun_phrase(mention: tuple[int, str | None, str | None, str | None]) -> str:
+    count, shape, color, size = mention
+    words = [w for w in (size, color, shape or "object") if w]
+    if count > 1:
+        return " ".join([NUMBER_WORDS[count], *words]) + "s"
+    return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
+
+
+def parse(sentence: str) -> Caption:
+    """Reads a sentence as `describe` writes them, for what it commits to. ValueError for any other."""
+    body = sentence.strip().lower().removesuffix(".")
+    body = re.sub(rf"^(?:{'|'.join(filter(None, OPENINGS))}|there are )| on a (?:{'|'.join(TABLES)}) table$", "", body)
+    related = re.fullmatch(r"(.+?) ((?:to the )?(?:left|right) of|in front of|behind) (.+)", body)
+    mentions = tuple(map(_read_phrase, related.group(1, 3) if related else re.split(", and | and |, ", body)))
+    readable = [mention for mention in mentions if mention]
+    num_objects = sum(count for count, *_ in readable)
+    if len(readable) < len(mentions) or num_objects > (2 if related else 4):
+        raise ValueError(
+            f"{sentence!r} is no sentence of the Tabletop world; those name one to four objects, "
+            "such as 'two red cubes and a small sphere' or 'a red cube left of a sphere'"
+        )
+    return Caption(sentence, tuple(readable), (0, related[2].removeprefix("to the "), 1) if related else None)
+
+
+def _read_phrase(phrase: str) -> tuple[int, str | None, str | None, str | None] | None:
+    """The inverse of `noun_phrase`; None if there is none."""
+    one_or_more = rf"(?:an?|one|({'|'.join(NUMBER_WORDS[2:])}))"
+    size, color, shape = (f"({'|'.join(words)})" for words in (SIZES, COLORS, (*SHAPES, "object")))
+    match = re.fullmatch(rf"{one_or_more} (?:{size} )?(?:{color} )?{shape}(s?)", phrase)
+    if match is None or bool(match[1]) != bool(match[5]):
+        return None
+    return NUMBER_WORDS.index(match[1] or "one"), None if match[4] == "object" else match[4], match[3], match[2]
+
+
+def join_phrases(phrases: Sequence[str]) -> str:
+    return phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
