@@ -256,25 +256,18 @@ def test_chunked_losses_and_gradients_equal_those_of_all_logits(monkeypatch, dty
     model, ids = tiny_model(z_loss_weight=Z_LOSS_WEIGHT).to(dtype).train(), random_ids(3, LENGTH)
     labels, logits = some_labels(ids), model(ids).logits
     expected = mean_loss(logits, labels)
-    cross_entropy, z_losses = by_position(logits, labels)
+    whole = gradients(expected, model)
+    cross_entropy, z_losses = (losses.detach() for losses in by_position(logits, labels))
     for skip_logits in (None, False):
         outputs = model(ids, labels=labels, skip_logits=skip_logits)
         assert (outputs.logits is None) == (skip_logits is None)
         close = {"atol": atol, "rtol": 0}
         torch.testing.assert_close(outputs.loss, expected, **close)
-        torch.testing.assert_close(outputs.cross_entropy, cross_entropy.detach(), **close)
-        torch.testing.assert_close(outputs.z_losses, z_losses.detach(), **close)
-        torch.testing.assert_close(outputs.z_loss, z_losses.detach().sum() / (labels[:, 1:] != -100).sum(), **close)
-        assert not (
-            outputs.cross_entropy.requires_grad or outputs.z_losses.requires_grad or outputs.z_loss.requires_grad
-        )
-        pairs = zip(
-            gradients(outputs.loss, model),
-            torch.autograd.grad(expected, list(model.parameters()), retain_graph=True),
-            strict=True,
-        )
-        for ours, theirs in pairs:
-            torch.testing.assert_close(ours, theirs, **close)
+        torch.testing.assert_close(outputs.cross_entropy, cross_entropy, **close)
+        torch.testing.assert_close(outputs.z_losses, z_losses, **close)
+        torch.testing.assert_close(outputs.z_loss, z_losses.sum() / (labels[:, 1:] != -100).sum(), **close)
+        assert not any(part.requires_grad for part in (outputs.cross_entropy, outputs.z_losses, outputs.z_loss))
+        torch.testing.assert_close(gradients(outputs.loss, model), whole, **close)
 
 
 def test_training_makes_no_tensor_as_large_as_its_logits(monkeypatch):
@@ -334,9 +327,8 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_rest():
         full = mean_loss(model(ids).logits, labels)
         loss = model(ids, labels=labels).loss
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(full.item(), abs=1e-5)
-    for ours, theirs, true in zip(gradients(loss, model), gradients(full, model), exact, strict=True):
-        assert ours.dtype == torch.float32
-        assert (ours - true).norm() < 1.2 * (theirs - true).norm() + 1e-3 * true.norm()
+    for ours, true in zip(gradients(loss, model), exact, strict=True):
+        assert ours.dtype == torch.float32 and (ours - true).norm() < 0.05 * true.norm()
 
 
 def test_weights_in_bfloat16_train_on_a_loss_in_float32():
