@@ -5,14 +5,9 @@ call a column. What a user will be asked to say comes from the processor, so tra
 """
 
 import inspect
-import os
 import random
-import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from io import BytesIO
-from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,137 +19,10 @@ from modeling_lumina_mgpt.uni_rep import best_bucket
 
 from . import drawing
 from .degradation import degrade
+from .records import ColumnError, Record, RecordError, has_column, missing_column
 
 Conversation = tuple[list[str], list[Any]]
 QUESTIONERS, ANSWERERS = ("human", "user"), ("gpt", "assistant")
-SINTEL_DEPTH = b"PIEH"  # how its files begin
-NUMBER_MODES = ("1", "L", "P", "I", "I;16", "I;16B", "F")  # of PIL
-
-
-class RecordError(ValueError):
-    """This record cannot be used: a damaged picture, an empty caption, nobody in it."""
-
-
-class ColumnError(ValueError):
-    """A source has no such column, or has something else in it."""
-
-
-@dataclass
-class Record:
-    """A dataset's record under the names that the adapters have for its columns.
-
-    Attributes:
-        values: the record.
-        columns: adapter's name -> the dataset's, where they differ. A dotted name reaches into structs (and lists of
-            them); one with a `*` stands for the list of the columns numbered 1, 2, ... in its place.
-        task: a key of `ADAPTERS`.
-        target_px: side of the square whose area pictures will be cropped to.
-        crop_seed: draws where pictures are cropped; None: centred.
-        folder: where relative paths of pictures start.
-        crop: by name of a picture's column, the part (left, top, right, bottom; pixels) that is meant.
-    """
-
-    values: Mapping[str, Any]
-    columns: Mapping[str, str]
-    task: str
-    processor: Any
-    rng: random.Random
-    target_px: int
-    crop_seed: int | None = None
-    folder: str = ""
-    crop: Mapping[str, Sequence[int]] | None = None
-
-    def has(self, name: str) -> bool:
-        return _is_in(self.columns.get(name, name), self.values)
-
-    def get(self, name: str) -> Any:
-        """A column's value, None where it is null; ColumnError if there is no such column."""
-        path = self.columns.get(name, name)
-        if not _is_in(path, self.values):
-            raise _missing(name, path, self.values)
-        return _reach(self.values, path)
-
-    def text(self, name: str) -> str:
-        """A text, or one drawn from a list of them."""
-        value = self.get(name)
-        if isinstance(value, list | tuple):
-            value = self.rng.choice([text for text in value if text] or [None])
-        return self.checked_text(name, value)
-
-    def checked_text(self, name: str, value: Any) -> str:
-        if not isinstance(value, str | None):
-            raise ColumnError(f"column {name!r} holds {type(value).__name__}: accepted is text")
-        if not (text := (value or "").strip()):
-            raise RecordError(f"{name} is empty")
-        if IMAGE in text:
-            raise RecordError(f"{name} has {IMAGE} in it, which stands for a picture")
-        return text
-
-    def picture(self, name: str) -> Image.Image:
-        """A picture in RGB."""
-        return self.checked_picture(name, self.get(name))
-
-    def checked_picture(self, name: str, value: Any) -> Image.Image:
-        picture = self._load(name, self._source(name, value))
-        if self.crop and name in self.crop:
-            left, top, right, bottom = self.crop[name]
-            return picture.crop((left, top, right, bottom))
-        return picture
-
-    def numbers(self, name: str, num_dims: int = 2, are_labels: bool = False) -> np.ndarray | None:
-        """What a map says of each pixel, (height, width) or (height, width, 3); None for a drawn picture.
-
-        In color it is a drawn one, and in 8 bits too, unless these are labels.
-        """
-        source = self._source(name, self.get(name))
-        try:
-            source = _opened(source) if isinstance(source, Path | bytes) else source
-        except (ValueError, OSError, struct.error) as error:
-            raise RecordError(f"{name}: {error}") from error
-        if isinstance(source, str) or (isinstance(source, Image.Image) and source.mode not in NUMBER_MODES):
-            return None
-        values = np.asarray(source)
-        values = values.squeeze(0) if values.ndim == 3 and len(values) == 1 else values
-        if values.dtype == np.uint8 and not (are_labels and values.ndim == 2):
-            return None
-        if values.ndim != num_dims:
-            raise ColumnError(f"column {name!r} holds numbers of shape {values.shape}: accepted are {num_dims} axes")
-        return values
-
-    def cropped(self, picture: Image.Image, width_px: int, height_px: int) -> Image.Image:
-        """Crops that a record's pictures of one size all get alike."""
-        generator = None if self.crop_seed is None else torch.Generator().manual_seed(self.crop_seed)
-        return self.processor.image_processor.crop(picture, width_px, height_px, generator)
-
-    def bucket(self, picture: Image.Image) -> tuple[int, int]:
-        """The size `(width_px, height_px)` that a picture will be cropped to."""
-        return self.processor.uni_rep.best_bucket(picture.width, picture.height, self.target_px)
-
-    def prompt(self, words: str | None = None, **options: Any) -> str:
-        return self.processor.task_prompt(self.task, words, **options)
-
-    def _source(self, name: str, value: Any) -> Any:
-        """A picture as PIL, path, URL, bytes or array."""
-        if isinstance(value, Mapping):  # as `datasets` has one that is not decoded
-            value = value.get("bytes") or value.get("path")
-        if value is None:
-            raise RecordError(f"{name} is empty")
-        if isinstance(value, str) and not value.startswith(("http://", "https://", "data:")):
-            return Path(self.folder, value)
-        if isinstance(value, list | np.ndarray | torch.Tensor):
-            array = np.asarray(value)
-            if array.ndim == 3 and np.issubdtype(array.dtype, np.integer):
-                array = array.astype(np.uint8)
-            return np.moveaxis(array, 0, -1) if array.ndim == 3 and len(array) == 3 != array.shape[-1] else array
-        if not isinstance(value, str | os.PathLike | bytes | Image.Image):
-            raise ColumnError(f"column {name!r} holds {type(value).__name__}: accepted is a picture")
-        return value
-
-    def _load(self, name: str, source: Any) -> Image.Image:
-        try:
-            return self.processor.image_processor.load(source)
-        except (ValueError, OSError) as error:
-            raise RecordError(f"{name}: {error}") from error
 
 
 # Text
@@ -178,7 +46,7 @@ def image_to_text(record: Record) -> Conversation:
     num_places = sum(turn.count(IMAGE) for turn in turns)
     if num_places != len(held):
         raise RecordError(f"{len(held)} pictures for {num_places} places in the conversation")
-    return turns, [record.checked_picture("image", picture) for picture in held]
+    return turns, [record.as_picture("image", picture) for picture in held]
 
 
 def caption(record: Record) -> Conversation:
@@ -194,6 +62,7 @@ def vqa(record: Record) -> Conversation:
 
 def text_to_image(record: Record, drop_size: float = 0.0) -> Conversation:
     """The prompt names the size that the picture will be cropped to, but for a share `drop_size` of the records."""
+    _check_shares("drop_size", drop_size)
     picture = record.picture("image")
     width_px, height_px = record.bucket(picture)
     size = {} if record.rng.random() < drop_size else {"height": height_px, "width": width_px}
@@ -213,9 +82,10 @@ def edit(record: Record) -> Conversation:
         pictures = [source, *targets]
     if not words or len(pictures) != len(words) + 1:
         raise RecordError(f"{len(words)} instructions for {len(pictures)} pictures, the source included")
-    first, *others = (record.checked_text("instruction", instruction) for instruction in words)
+    first, *others = (record.as_text("instruction", instruction) for instruction in words)
     turns = [turn for words in (record.prompt(first), *others) for turn in (words, IMAGE)]
-    return turns, [record.checked_picture("image", picture) for picture in pictures]
+    names = ["source_img", *["target_img"] * len(words)]
+    return turns, [record.as_picture(*held) for held in zip(names, pictures, strict=True)]
 
 
 def predicted_map(record: Record, **drawn: Any) -> Conversation:
@@ -253,6 +123,7 @@ def control(record: Record, condition: str | Sequence[str] | None = None, **draw
 
 def refine(record: Record, share: Sequence[float] = (0.05, 0.5)) -> Conversation:
     """`image` from its own codes, of which a share (from, to) is replaced by any others."""
+    _check_shares("share", *share)
     picture = record.picture("image")
     codes = record.processor.encode_image(record.cropped(picture, *record.bucket(picture)), record.target_px)
     generator = torch.Generator().manual_seed(record.rng.getrandbits(63))
@@ -267,6 +138,8 @@ def restore(record: Record, scale: float = 4.0) -> Conversation:
     Args:
         scale: how much smaller the degraded picture is, before it is stretched to the size of the sharp one.
     """
+    if not isinstance(scale, int | float) or not 1 <= scale <= 16:
+        raise ValueError(f"scale {scale!r}: accepted is 1 to 16")
     side_px = record.target_px
     sharp = record.cropped(record.picture("image"), side_px, side_px)
     degraded, degradation = degrade(sharp, scale, record.rng)
@@ -389,10 +262,9 @@ class Adapter:
     optional: tuple[str, ...] = ()
     conditions: tuple[str, ...] = ()
 
-    def names(self) -> list[str]:
-        """Of all its columns."""
-        of_conditions = (name for condition in self.conditions for name in _columns_of(condition))
-        return [*dict.fromkeys((*self.columns, *self.alternative, *self.optional, *of_conditions))]
+
+def _columns_of(*conditions: str) -> tuple[str, ...]:
+    return tuple(name for condition in conditions for name in MAP_COLUMNS.get(condition, (condition,)))
 
 
 CONTROLS, PANELS = ("depth", "normal", "pose", "segmentation"), ("depth", "canny", "hed", "pose", "subject")
@@ -408,11 +280,11 @@ ADAPTERS = {
     "pose": Adapter(predicted_map, ("image", "pose"), ("image", "keypoints")),
     "segmentation": Adapter(predicted_map, ("image", "segmentation")),
     "detection": Adapter(detection, ("image", "phrase", "box")),
-    "control": Adapter(control, ("image", "caption"), conditions=CONTROLS),
+    "control": Adapter(control, ("image", "caption"), optional=_columns_of(*CONTROLS), conditions=CONTROLS),
     "refine": Adapter(refine, ("image",)),
     "restore": Adapter(restore, ("image", "caption")),
-    "pair": Adapter(panels, ("image", "caption"), conditions=PANELS),
-    "panel": Adapter(panels, ("image", "caption"), conditions=PANELS),
+    "pair": Adapter(panels, ("image", "caption"), optional=_columns_of(*PANELS), conditions=PANELS),
+    "panel": Adapter(panels, ("image", "caption"), optional=_columns_of(*PANELS), conditions=PANELS),
 }
 
 
@@ -461,36 +333,36 @@ def check_columns(
 ) -> None:
     """ColumnError or ValueError unless a source with these columns suits a task, its mapping and its options."""
     adapter, columns, options = _adapter(task), columns or {}, options or {}
-    if unknown := columns.keys() - set(adapter.names()):
-        raise ColumnError(f"columns {sorted(unknown)}: task {task!r} has {', '.join(adapter.names())}")
+    accepted = dict.fromkeys((*adapter.columns, *adapter.alternative, *adapter.optional))
+    if unknown := columns.keys() - accepted.keys():
+        raise ColumnError(f"columns {sorted(unknown)}: task {task!r} has {', '.join(accepted)}")
     known = _options_of(task)
     if wrong := options.keys() - known:
         raise ValueError(f"options {sorted(wrong)}: task {task!r} has {', '.join(known)}")
-
-    def missing(names: Sequence[str]) -> list[str]:
-        return [name for name in names if not _is_in(columns.get(name, name), found)]
-
-    for name in missing(adapter.columns):
-        if not adapter.alternative or missing(adapter.alternative):
-            raise _missing(name, columns.get(name, name), found)
-    if not adapter.conditions:
-        return
-    base = {*adapter.columns}
+    absent = {name for name in accepted if not has_column(columns.get(name, name), found)}
+    for name in adapter.columns:
+        if name in absent and (not adapter.alternative or absent & {*adapter.alternative}):
+            raise missing_column(name, columns.get(name, name), found)
     chosen = options.get("condition")
-    if chosen is None and not any(_is_in(columns.get(name, name), found) for name in set(adapter.names()) - base):
-        raise ColumnError(f"no condition: one of {', '.join(adapter.conditions)}, and its column, is needed")
+    if adapter.conditions and chosen is None and absent >= {*adapter.optional}:
+        raise ColumnError(f"task {task!r} needs one of {', '.join(adapter.optional)}: there is {', '.join(found)}")
     for condition in [chosen] if isinstance(chosen, str) else chosen or []:
-        if condition not in adapter.conditions:
-            raise ValueError(f"condition {condition!r}: accepted for {task!r} are {', '.join(adapter.conditions)}")
-        absent = missing(_columns_of(condition))
-        if absent and (condition != "pose" or len(absent) == 2):
-            raise _missing(absent[0], columns.get(absent[0], absent[0]), found)
+        _check_condition(task, condition)
+        names = _columns_of(condition)
+        if absent & {*names} and (condition != "pose" or absent >= {*names}):
+            name = next(name for name in names if name in absent)
+            raise missing_column(name, columns.get(name, name), found)
 
 
 def _adapter(task: str) -> Adapter:
     if task not in ADAPTERS:
         raise ValueError(f"task {task!r}: accepted are {', '.join(ADAPTERS)}")
     return ADAPTERS[task]
+
+
+def _check_condition(task: str, condition: Any) -> None:
+    if condition not in ADAPTERS[task].conditions:
+        raise ValueError(f"condition {condition!r}: accepted for {task!r} are {', '.join(ADAPTERS[task].conditions)}")
 
 
 def _options_of(task: str) -> list[str]:
@@ -506,19 +378,18 @@ def _condition(
     record: Record, condition: str | Sequence[str] | None, drawn: Mapping[str, Any]
 ) -> tuple[Image.Image, str]:
     """One of the conditions as a picture, and how it is called in prompts."""
-    accepted = ADAPTERS[record.task].conditions
     if condition is None:
-        condition = [name for name in accepted if any(map(record.has, _columns_of(name)))]
-    name = condition if isinstance(condition, str) else record.rng.choice([*condition, *([] if condition else [""])])
-    if name not in accepted:
-        raise ValueError(f"condition {condition!r}: accepted for {record.task!r} are {', '.join(accepted)}")
+        condition = [name for name in ADAPTERS[record.task].conditions if any(map(record.has, _columns_of(name)))]
+    name: Any = condition if isinstance(condition, str) else record.rng.choice(list(condition) or [None])
+    _check_condition(record.task, name)
     options = inspect.signature(MAPS[name]).parameters.keys() & drawn.keys()
     shown = MAPS[name](record, **{option: drawn[option] for option in options})
     return shown, record.text("subject") if name == "subject" else name
 
 
-def _columns_of(condition: str) -> tuple[str, ...]:
-    return MAP_COLUMNS.get(condition, (condition,))
+def _check_shares(name: str, *values: Any) -> None:
+    if not all(isinstance(value, int | float) and 0 <= value <= 1 for value in values):
+        raise ValueError(f"{name} {values}: accepted are 0 to 1")
 
 
 def _panel_size(record: Record, picture: Image.Image) -> tuple[int, int]:
@@ -549,51 +420,6 @@ def _with_one_space(turn: str) -> str:
     return IMAGE.join(
         (" " if i else "") + part.strip() + (" " if part.strip() else "") for i, part in enumerate(turn.split(IMAGE))
     ).strip()
-
-
-def _is_in(path: str, columns) -> bool:
-    return path in columns or path.partition(".")[0].replace("*", "1") in columns
-
-
-def _missing(name: str, path: str, found) -> ColumnError:
-    held = ", ".join(found)
-    return ColumnError(f"column {name!r}: the dataset has no {path!r}, it has {held}; `columns` names another for it")
-
-
-def _reach(values: Mapping[str, Any], path: str) -> Any:
-    """What a dotted or numbered name stands for."""
-    if "*" in path:
-        numbered = (path.replace("*", str(number)) for number in range(1, len(values) + 1))
-        return [*takewhile(lambda value: value is not None, (values.get(name) for name in numbered))]
-    if path in values:
-        return values[path]
-    first, *keys = path.split(".")
-    found: Any = values[first]
-    for key in keys:
-        found = [_field(item, key, path) for item in found] if isinstance(found, list) else _field(found, key, path)
-    return found
-
-
-def _field(struct_: Any, key: str, path: str) -> Any:
-    if struct_ is None:
-        return None
-    if not isinstance(struct_, Mapping) or key not in struct_:
-        held = ", ".join(struct_) if isinstance(struct_, Mapping) else type(struct_).__name__
-        raise ColumnError(f"column {path!r}: no {key!r} in {held}")
-    return struct_[key]
-
-
-def _opened(source: Path | bytes) -> Image.Image | np.ndarray:
-    """A picture as it is, or the numbers of a NumPy or Sintel depth file."""
-    data = source if isinstance(source, bytes) else source.read_bytes()
-    if data.startswith(SINTEL_DEPTH):
-        width, height = struct.unpack_from("<2i", data, 4)
-        return np.frombuffer(data, "<f4", width * height, offset=12).reshape(height, width)
-    if data.startswith(b"\x93NUMPY"):
-        return np.load(BytesIO(data), allow_pickle=False)
-    picture = Image.open(BytesIO(data))
-    picture.load()
-    return picture
 
 
 def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> Conversation:
