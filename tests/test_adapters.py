@@ -162,6 +162,17 @@ def test_llava_and_mini_gemini_name_files(encode, tmp_path):
         encode("image-to-text", LLAVA, record)
 
 
+def test_messages_with_items(encode):
+    # huggingface.co/datasets/HuggingFaceH4/llava-instruct-mix-vsft README.md
+    item = {"index": WHOLE, "text": TEXT, "type": TEXT}
+    features = {"messages": List({"content": List(item), "role": TEXT}), "images": List(PICTURE)}
+    question = [{"index": None, "text": "What is it?\n", "type": "text"}, {"index": 0, "text": None, "type": "image"}]
+    answer = [{"index": None, "text": "A cat.", "type": "text"}]
+    talk = [{"content": question, "role": "user"}, {"content": answer, "role": "assistant"}]
+    found = encode("image-to-text", features, {"messages": talk, "images": [noise()]}, {"image": "images"})
+    assert found.turns == [f"What is it? {IMAGE}", "A cat."] and same(found.pictures[0], noise())
+
+
 def test_the_format_of_lumina_mgpt_itself(encode):
     # github.com/Alpha-VLLM/Lumina-mGPT lumina_mgpt/TRAIN.md
     features = {"conversations": List({"from": TEXT, "value": TEXT}), "image": List(PICTURE)}
@@ -617,6 +628,10 @@ def test_broken_records_are_told_from_wrong_columns(encode):
     with pytest.raises(ColumnError, match="no 'promt' in prompt"):
         record = {"image": noise(), "json": {"prompt": "a cat"}}
         encode("caption", {"image": PICTURE, "json": {"prompt": TEXT}}, record, {"caption": "json.promt"})
+    with pytest.raises(ColumnError, match="conversations 'Hello': accepted are lists"):
+        encode("chat", {"text": TEXT}, {"text": "Hello"}, {"conversations": "text"})
+    with pytest.raises(ColumnError, match=r"'depth' holds numbers of shape \(3, 4, 5, 6\): accepted are 2 axes"):
+        conversation("depth", {"image": noise(), "depth": np.ones((3, 4, 5, 6))}, encode.processor, random.Random(0))
     with pytest.raises(ColumnError, match="'image' holds int: accepted is a picture"):
         encode("caption", {"image": WHOLE, "caption": TEXT}, {"image": 3, "caption": "a cat"})
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn.functional import pad
 
 FILTERS = (Image.Resampling.BOX, Image.Resampling.BILINEAR, Image.Resampling.BICUBIC)
-DEGREES = ("slightly", "clearly", "heavily")
+DEGREES = ("slightly", "clearly", "heavily")  # each of a third of all pictures, at a scale of 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Degradation:
 
     def __str__(self) -> str:
         """One sentence, such as "The image is clearly blurred, slightly noisy and heavily compressed."."""
-        blurred, noisy = _degree(self.blur_px, 1.7, 2.7), _degree(self.noise, 12.0, 18.0)
+        blurred, noisy = _degree(self.blur_px, 2.7, 3.5), _degree(self.noise, 12.0, 18.0)
         return f"The image is {blurred} blurred, {noisy} noisy and {_degree(-self.jpeg_quality, -60, -40)} compressed."
 
     def add_blur(self, blur_px: float) -> None:
@@ -86,18 +86,20 @@ def degrade(picture: Image.Image, scale: float, rng: random.Random) -> tuple[Ima
         sides = rng.uniform(1, ranges.scale[1]), rng.uniform(ranges.scale[0], 1), 1.0
         (side,) = rng.choices(sides, (ranges.up, ranges.down, 1 - ranges.up - ranges.down))
         width, height = (max(1, round(px * side)) for px in (picture.size if is_first else small))
-        result = _resized(result, (width, height), done, rng)
+        result = _resized(result, (width, height), picture.width, done, rng)
         result = _noisy(result, ranges, done, rng, noises)
         if is_first:
             result = _compressed(result, done, rng)
-    return _finished(result, small, done, rng), done
+    return _finished(result, small, picture.width, done, rng), done
 
 
-def _finished(picture: Image.Image, size: tuple[int, int], done: Degradation, rng: random.Random) -> Image.Image:
+def _finished(
+    picture: Image.Image, size: tuple[int, int], sharp_width_px: int, done: Degradation, rng: random.Random
+) -> Image.Image:
     """The last resize with its ringing, and JPEG before or after."""
     jpeg_first = rng.random() < 0.5
     picture = _compressed(picture, done, rng) if jpeg_first else picture
-    picture = _resized(picture, size, done, rng)
+    picture = _resized(picture, size, sharp_width_px, done, rng)
     if rng.random() < SINC:
         picture = _filtered(picture, _sinc(rng.uniform(math.pi / 3, math.pi)))
     return picture if jpeg_first else _compressed(picture, done, rng)
@@ -131,10 +133,12 @@ def _filtered(picture: Image.Image, kernel: torch.Tensor) -> Image.Image:
     return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 
-def _resized(picture: Image.Image, size: tuple[int, int], done: Degradation, rng: random.Random) -> Image.Image:
-    """By a filter of chance; shrinking loses detail and evens out noise."""
-    shrinking = max(1.0, picture.width / size[0])
-    done.noise /= shrinking
+def _resized(
+    picture: Image.Image, size: tuple[int, int], sharp_width_px: int, done: Degradation, rng: random.Random
+) -> Image.Image:
+    """By a filter of chance. Shrinking evens out noise; what is smaller than a pixel is lost."""
+    done.noise /= max(1.0, picture.width / size[0])
+    done.add_blur(sharp_width_px / size[0] / math.sqrt(12))  # the deviation within a pixel
     return picture.resize(size, rng.choice(FILTERS))
 
 

@@ -81,7 +81,7 @@ def draw_skeletons(
     """
     picture = Image.new("RGB", (width_px, height_px))
     draw = ImageDraw.Draw(picture)
-    thickness_px = max(2, round(min(width_px, height_px) / 100))
+    thickness_px = max(1, round(0.5 + min(width_px, height_px) / 100))
     for person in people:
         for i, limb in enumerate(limbs):
             (*start, start_seen), (*end, end_seen) = (person[joint].tolist() for joint in limb)

@@ -102,7 +102,7 @@ class Record:
         source = self._source(name, self.get(name))
         try:
             source = _opened(source) if isinstance(source, Path | bytes) else source
-        except (ValueError, OSError, struct.error) as error:
+        except Exception as error:  # each decoder has errors of its own
             raise RecordError(f"{name}: {error}") from error
         if isinstance(source, str) or (isinstance(source, Image.Image) and source.mode not in NUMBER_MODES):
             return None
@@ -136,7 +136,7 @@ class Record:
             return Path(self.folder, value)
         if isinstance(value, list | np.ndarray | torch.Tensor):
             array = np.asarray(value)
-            if array.ndim == 3 and np.issubdtype(array.dtype, np.integer):
+            if array.ndim == 3 and 3 in array.shape and np.issubdtype(array.dtype, np.integer):
                 array = array.astype(np.uint8)
             return np.moveaxis(array, 0, -1) if array.ndim == 3 and len(array) == 3 != array.shape[-1] else array
         if not isinstance(value, str | os.PathLike | bytes | Image.Image):

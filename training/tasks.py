@@ -6,6 +6,7 @@ call a column. What a user will be asked to say comes from the processor, so tra
 
 import inspect
 import random
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +30,7 @@ QUESTIONERS, ANSWERERS = ("human", "user"), ("gpt", "assistant")
 
 
 def chat(record: Record) -> Conversation:
-    """`conversations` [{from, value}] or `messages` [{role, content}]; a system's words open the first question."""
+    """`conversations` or `messages`, [{from, value}] or [{role, content}]; a system's words open the first turn."""
     turns = _turns(record)
     if any(IMAGE in turn for turn in turns):
         raise RecordError(f"a turn has {IMAGE} in it, which stands for a picture")
@@ -37,10 +38,13 @@ def chat(record: Record) -> Conversation:
 
 
 def image_to_text(record: Record) -> Conversation:
-    """`image` (none, one or a list) and `conversations` in which `<image>` or `<|image|>` stand for it."""
+    """`image` (none, one or a list) and `conversations` in which `<image>` or `<|image|>` stand for it.
+
+    Content may also be items, [{type, text}].
+    """
     held = record.get("image") if record.has("image") else None
     held = held if isinstance(held, list) else [] if held is None else [held]
-    turns = [_with_one_space(turn.replace("<image>", IMAGE)) for turn in _turns(record)]
+    turns = [_with_one_space(turn) for turn in _turns(record)]
     if held and not any(IMAGE in turn for turn in turns):
         turns[0] = f"{IMAGE} {turns[0]}"
     num_places = sum(turn.count(IMAGE) for turn in turns)
@@ -83,13 +87,13 @@ def edit(record: Record) -> Conversation:
     if not words or len(pictures) != len(words) + 1:
         raise RecordError(f"{len(words)} instructions for {len(pictures)} pictures, the source included")
     first, *others = (record.as_text("instruction", instruction) for instruction in words)
-    turns = [turn for words in (record.prompt(first), *others) for turn in (words, IMAGE)]
+    turns = [turn for question in (record.prompt(first), *others) for turn in (question, IMAGE)]
     names = ["source_img", *["target_img"] * len(words)]
     return turns, [record.as_picture(*held) for held in zip(names, pictures, strict=True)]
 
 
 def predicted_map(record: Record, **drawn: Any) -> Conversation:
-    """What the task is called, drawn from its own column."""
+    """The map of `image` that the task is named after, from the column of that name."""
     return [record.prompt(), IMAGE], [record.picture("image"), MAPS[record.task](record, **drawn)]
 
 
@@ -100,12 +104,12 @@ def detection(record: Record, box_format: str = "ltrb", relative: bool = False) 
         box_format: of `box`, "ltrb" (left, top, right, bottom) or "xywh" (left, top, width, height).
         relative: whether `box` is in parts of the picture's sides instead of pixels.
     """
-    picture, box = record.picture("image"), record.get("box")
     if box_format not in ("ltrb", "xywh"):
         raise ValueError(f"box_format {box_format!r}: accepted are 'ltrb' and 'xywh'")
-    if box is None or len(box) != 4 or not np.isfinite(box).all():
-        raise RecordError(f"box {box!r}: accepted are four numbers")
-    left, top, right, bottom = np.array(box, float) * (np.array([*picture.size] * 2) if relative else 1)
+    picture, box = record.picture("image"), np.array(record.get("box"), dtype=object)
+    if box.shape != (4,) or not all(isinstance(side, int | float) and np.isfinite(side) for side in box):
+        raise RecordError(f"box {box.tolist()}: accepted are four numbers")
+    left, top, right, bottom = box.astype(float) * (np.array([*picture.size] * 2) if relative else 1)
     if box_format == "xywh":
         right, bottom = left + right, top + bottom
     try:
@@ -160,10 +164,8 @@ def panels(record: Record, condition: str | Sequence[str] | None = None, **drawn
     both = Image.new("RGB", (width_px, 2 * height_px))
     for i, half in enumerate(halves):
         both.paste(record.cropped(half, width_px, height_px), (0, i * height_px))
-    return [
-        record.prompt(record.text("caption"), height=both.height, width=both.width, condition=words),
-        IMAGE,
-    ], [both]
+    prompt = record.prompt(record.text("caption"), height=both.height, width=both.width, condition=words)
+    return [prompt, IMAGE], [both]
 
 
 # Conditions, each drawn from the column of its name
@@ -401,10 +403,12 @@ def _panel_size(record: Record, picture: Image.Image) -> tuple[int, int]:
 
 def _turns(record: Record) -> list[str]:
     """Question and answer in turn, from either form of messages."""
-    messages = record.get("messages" if record.has("messages") else "conversations")
-    if isinstance(messages, Mapping):  # a list of structs, as `datasets` once had it
-        messages = [dict(zip(messages, values, strict=True)) for values in zip(*messages.values(), strict=True)]
-    pairs = [(m.get("from") or m.get("role"), m.get("value") or m.get("content")) for m in messages or []]
+    messages = record.get("messages" if record.has("messages") else "conversations") or []
+    if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+        raise ColumnError(
+            f"conversations {messages!r:.100}: accepted are lists of {{from, value}} or {{role, content}}"
+        )
+    pairs = [(m.get("from") or m.get("role"), _content(m.get("value") or m.get("content"))) for m in messages]
     if not all(isinstance(text, str) and text.strip() for _, text in pairs):
         raise RecordError("a turn of the conversation is empty")
     rules = [text.strip() for role, text in pairs if role == "system"]
@@ -415,11 +419,17 @@ def _turns(record: Record) -> list[str]:
     return ["\n\n".join([*rules, said[0][1]]), *(text for _, text in said[1:])]
 
 
+def _content(content: Any) -> Any:
+    """The text of a message whose content may be items."""
+    if not isinstance(content, list):
+        return content
+    return " ".join(IMAGE if item["type"] == "image" else item.get("text") or "" for item in content)
+
+
 def _with_one_space(turn: str) -> str:
-    """With one space between a placeholder and its neighbours, as the chat template writes it."""
-    return IMAGE.join(
-        (" " if i else "") + part.strip() + (" " if part.strip() else "") for i, part in enumerate(turn.split(IMAGE))
-    ).strip()
+    """With placeholders as they are here, and one space between them and their neighbours."""
+    parts = re.split(r"(<\|image\|>)", turn.replace("<image>", IMAGE))
+    return " ".join(part.strip() for part in parts if part.strip())
 
 
 def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> Conversation:
