@@ -328,7 +328,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_rest():
         loss = model(ids, labels=labels).loss
     assert loss.dtype == torch.float32 and loss.item() == pytest.approx(full.item(), abs=1e-5)
     for ours, true in zip(gradients(loss, model), exact, strict=True):
-        assert ours.dtype == torch.float32 and (ours - true).norm() < 0.05 * true.norm()
+        assert ours.dtype == torch.float32 and (ours - true).norm() < 0.1 * true.norm()
 
 
 def test_weights_in_bfloat16_train_on_a_loss_in_float32():
