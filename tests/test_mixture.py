@@ -1,0 +1,191 @@
+"""Mixtures: any place opens alike, proportions are kept, and what cannot be used is skipped by rule."""
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset, DatasetDict, Features, Image, Value
+from PIL import Image as PILImage
+
+from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
+from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
+
+FEATURES = Features({"image": Image(), "caption": Value("string")})
+
+
+def picture(seed, width_px=64, height_px=64):
+    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), np.uint8))
+
+
+def captioned(num, first=0):
+    rows = range(first, first + num)
+    values = {"image": [picture(i) for i in rows], "caption": [f"sphere {i}" for i in rows]}
+    return Dataset.from_dict(values, features=FEATURES)
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    """The same eight records as each kind of place."""
+    tmp_path = tmp_path_factory.mktemp("places")
+    dataset = captioned(8)
+    dataset.save_to_disk(str(tmp_path / "saved"))
+    DatasetDict({"train": dataset, "test": dataset.select([0])}).save_to_disk(str(tmp_path / "splits"))
+    dataset.to_parquet(tmp_path / "file.parquet")
+    (tmp_path / "folder").mkdir()
+    dataset.to_parquet(tmp_path / "folder" / "train.parquet")
+    lines = []
+    for i, record in enumerate(dataset):
+        record["image"].save(tmp_path / f"{i}.png")
+        lines.append(json.dumps({"image": f"{i}.png", "caption": record["caption"]}))
+    (tmp_path / "lines.jsonl").write_text("\n".join(lines))
+    return tmp_path
+
+
+def reader(processor, *sources, max_length=500, random_crop=False, **fields):
+    return MixtureReader(Mixture(64, list(sources), **fields), processor, max_length, random_crop)
+
+
+def source(path, task="text-to-image", **fields):
+    return {"task": task, "path": str(path), **fields}
+
+
+def order(dataset):
+    return [(row["source"], row["index"]) for row in dataset]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("name", ["saved", "splits", "file.parquet", "folder", "lines.jsonl"])
+def test_every_place_gives_the_same_records(tiny_processor, places, name, streaming):
+    options = {"folder": str(places)} if name == "lines.jsonl" else {}
+    expected = reader(tiny_processor, source(places / "saved"))
+    found = reader(tiny_processor, source(places / name, streaming=streaming, options=options, num_records=5))
+    rows = list(found.dataset)
+    assert order(rows) == order(expected.dataset)[:5]
+    assert found.encode(rows) == expected.encode(rows=list(expected.dataset)[:5])
+
+
+def test_a_record_is_ids_and_labels_of_its_conversation(tiny_processor, places):
+    own = reader(tiny_processor, source(places / "saved"))
+    (encoded,) = own.encode([own.dataset[3]])
+    prompt = tiny_processor.task_prompt("text-to-image", "sphere 3", height=64, width=64)
+    expected = tiny_processor.encode_conversation([prompt, IMAGE], [picture(3)], target_px=64)
+    assert encoded == {**expected, "task": "text-to-image"}
+
+
+def test_weights_are_proportions_until_every_record_has_come(tiny_processor, places):
+    sources = [source(places / "saved", weight=3), source(places / "file.parquet", "caption", weight=1)]
+    rows = order(reader(tiny_processor, *sources).dataset)
+    assert {*rows} == {(number, index) for number in (0, 1) for index in range(8)}
+    sources[0]["num_records"] = 1
+    many = [number for number, _ in order(reader(tiny_processor, *sources, seed=1).dataset)]
+    drawn = np.random.default_rng(1).choice(2, 1000, p=[0.75, 0.25])[: len(many)]
+    assert many == drawn.tolist()
+    plain = reader(tiny_processor, source(places / "saved"), source(places / "file.parquet", "caption"))
+    assert order(plain.dataset) == [(number, index) for number in (0, 1) for index in range(8)]
+
+
+def test_a_stream_equals_its_dataset_each_time(tiny_processor, places):
+    sources = [source(places / "saved", weight=2), source(places / "file.parquet", "caption", weight=1)]
+    whole = reader(tiny_processor, *sources)
+    streamed = reader(tiny_processor, *({**values, "streaming": True} for values in sources))
+    mixed = reader(tiny_processor, {**sources[0], "streaming": True}, sources[1])
+    rows = list(streamed.dataset)
+    assert order(rows) == order(whole.dataset) == order(streamed.dataset) == order(mixed.dataset)
+    encoded = whole.encode(list(whole.dataset))
+    assert streamed.encode(rows) == encoded and mixed.encode(list(mixed.dataset)) == encoded
+    with pytest.raises(ValueError, match="weight"):
+        Mixture(64, [source("a", streaming=True), source("b")])
+
+
+def test_random_crops_differ_by_epoch_and_are_the_same_for_a_photo_and_its_map(tiny_processor, tmp_path):
+    same = [picture(i, 96, 64) for i in range(3)]
+    features = Features({"image": Image(), "depth": Image()})
+    Dataset.from_dict({"image": same, "depth": same}, features=features).save_to_disk(str(tmp_path / "maps"))
+    uni_rep = tiny_processor.uni_rep
+    seen = set()
+    own = reader(tiny_processor, source(tmp_path / "maps", "depth"), random_crop=True)
+    for epoch in range(4):
+        (encoded,) = own.encode([own.dataset[1]], epoch)
+        ids = encoded["input_ids"]
+        starts = [i for i, token in enumerate(ids) if token == uni_rep.start_id]
+        ends = [i for i, token in enumerate(ids) if token == uni_rep.end_id]
+        photo, drawn = (ids[start:end] for start, end in zip(starts, ends, strict=True))
+        assert photo == drawn
+        seen.add(tuple(photo))
+        assert own.encode([own.dataset[1]], epoch)[0] == encoded
+    assert len(seen) > 1
+
+
+def damaged(path, num, places):
+    """Records of which some have a damaged picture."""
+    values = captioned(num).cast_column("image", Image(decode=False))[:]
+    for place in places:
+        values["image"][place] = {"bytes": b"nonsense", "path": None}
+    Dataset.from_dict(values, features=FEATURES).save_to_disk(str(path))
+    return source(path)
+
+
+def test_unusable_records_are_skipped_and_listed(tiny_processor, tmp_path):
+    broken = damaged(tmp_path / "broken", 6, [1, 5])
+    for streaming in (False, True):
+        own = reader(tiny_processor, {**broken, "streaming": streaming}, max_skipped=0.5)
+        rows = list(own.dataset)
+        kept = own.encode(rows)
+        assert len(kept) == 4
+        assert own.skipped[0].keys() == {1, 5} and "image" in own.skipped[0][1] and " at 0x" not in own.skipped[0][1]
+    whole = reader(tiny_processor, broken, max_skipped=0.5)
+    assert whole.encode([rows[1]]) == whole.encode([whole.dataset[2]])  # none left: the next one that can be used
+    with pytest.raises(ValueError, match="all of a batch"):
+        own.encode([rows[1]])
+
+
+def test_over_long_records_are_skipped(tiny_processor, places):
+    own = reader(tiny_processor, source(places / "saved"), max_length=10, max_skipped=1.0)
+    with pytest.raises(ValueError, match="all of a batch"):
+        own.encode([own.dataset[0]])
+    assert own.skipped[0].keys() == {*range(8)} and "max_length is 10" in own.skipped[0][0]
+
+
+def test_too_many_skipped_is_an_error_with_reasons(tiny_processor, tmp_path):
+    own = reader(tiny_processor, damaged(tmp_path / "broken", 12, [1, 3, 5]), max_skipped=0.2)
+    with pytest.raises(ValueError, match=r"broken.*3 of 12 records.*max_skipped 0\.2.*3 such as record 1: .*image"):
+        own.encode(list(own.dataset))
+
+
+def test_wrong_sources_are_named(tiny_processor, places):
+    def error(**fields):
+        with pytest.raises(ValueError) as caught:
+            reader(tiny_processor, source(places / "saved") | fields)
+        return str(caught.value)
+
+    message = error(columns={"caption": "text"})
+    assert "saved" in message and "'text'" in message and "image, caption" in message
+    assert "'nonsense'" in error(task="nonsense")
+    assert "nonsense" in error(options={"nonsense": 1})
+    assert "nothing.parquet" in error(path=str(places / "nothing.parquet"))
+    for place in ("splits", "folder"):
+        message = error(path=str(places / place), split="validation")
+        assert place in message and "validation" in message and "train" in message
+
+
+@pytest.mark.parametrize(
+    ("sources", "named"),
+    [
+        ([], "sources"),
+        ([source("a", colums={})], "colums"),
+        ([source("a", weight=1), source("b")], "weights"),
+        ([source("a", weight=0)], "weight 0"),
+        ([source("tabletop")], "num_records"),
+    ],
+)
+def test_wrong_mixtures_are_errors(sources, named):
+    with pytest.raises(ValueError, match=named):
+        Mixture(64, sources)
+
+
+def test_tabletop_is_a_source(tiny_processor):
+    tabletop = {"path": "tabletop", "num_records": 3, "options": {"max_aspect_ratio": 1}}
+    own = reader(tiny_processor, {**tabletop, "task": "text-to-image"}, {**tabletop, "task": "vqa"})
+    encoded = own.encode(list(own.dataset))
+    assert [record["task"] for record in encoded] == ["text-to-image"] * 3 + ["vqa"] * 3
+    assert own.encode([own.dataset[4]]) == [encoded[4]]
