@@ -43,12 +43,14 @@ from .tabletop_scenes import (
     NUMBER_WORDS,
     SHAPES,
     SIZES,
+    SPLITS,
     TABLES,
     WALLS,
     Caption,
     Scene,
     SceneObject,
     describe,
+    fits,
     in_test_split,
     noun_phrase,
     parse,
@@ -60,9 +62,9 @@ from .tabletop_scenes import (
 
 __all__ = [
     "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SHAPES", "SIZES",
-    "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource", "depth_image",
-    "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase", "parse", "render", "sample_plan",
-    "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
+    "SPLITS", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource",
+    "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase", "parse", "render",
+    "sample_plan", "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
     "tabletop_records", "tabletop_texts", "to_image",
 ]  # fmt: skip
 
@@ -124,8 +126,8 @@ class TabletopSource:
     def __init__(self, task: str, sizes: Sequence[tuple[int, int]], seed: int, split: str, num_records: int):
         if task not in COLUMNS:
             raise ValueError(f"task {task!r}: Tabletop has {', '.join(COLUMNS)}")
-        if split not in ("train", "validation", "test"):
-            raise ValueError(f"split {split!r}: Tabletop has 'train', 'validation' and 'test'")
+        if split not in SPLITS:
+            raise ValueError(f"split {split!r}: Tabletop has {', '.join(SPLITS)}")
         if not sizes:
             raise ValueError("sizes is empty: accepted is a list of (width_px, height_px)")
         self.task, self.sizes, self.seed, self.split, self.num_records = task, list(sizes), seed, split, num_records
@@ -220,11 +222,14 @@ def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: 
     """The scene, and another one with one of its objects alone."""
     target = rng.randrange(len(scene.objects))
     subject = scene.objects[target]
-    alone = sample_scene(rng, *size, 1, "any")
     shape, color, size_word = subject.combination
-    alone = replace(alone, objects=(replace(alone.objects[0], shape=shape, color=color, size=size_word),))
+    while True:
+        alone = sample_scene(rng, *size, 1, "any")
+        moved = replace(alone.objects[0], shape=shape, color=color, size=size_word)
+        if fits(moved, (), *size):
+            break
     words = {"caption": describe_with_mannequin(scene, rng, split), "subject": " ".join(subject.combination[::-1])}
-    return Plan(size, (scene, alone), words, target=target)
+    return Plan(size, (scene, replace(alone, objects=(moved,))), words, target=target)
 
 
 def _talk(rng: random.Random, size: tuple[int, int], scene: Scene) -> Plan:
@@ -303,7 +308,7 @@ def _render_records(indices, sizes, seed, split, maps) -> list[dict[str, Any]]:
     return records
 
 
-def tabletop_texts(num_records: int = 1000, seed: int = 0) -> list[str]:
+def tabletop_texts(num_records: int = 250, seed: int = 0) -> list[str]:
     """The world's language, to train a tokenizer on: the words of so many training records of each task."""
     texts: list[str] = []
     for task in COLUMNS:

@@ -14,6 +14,7 @@ from .tabletop_scenes import (
     RELATION_MARGIN,
     SHAPES,
     SIZES,
+    SPLITS,
     TABLES,
     YAWS,
     Scene,
@@ -206,7 +207,7 @@ def _is_there(scene: Scene) -> Iterator[tuple[str, str]]:
 
 
 def _what_is_where(scene: Scene) -> Iterator[tuple[str, str]]:
-    for name, o in _singled_out(scene, "shape", "color"):
+    for name, o in _singled_out(scene, "shape", "color") if len(scene.objects) > 1 else ():
         for word, holds in RELATIONS.items():
             found = [other for other in scene.objects if other is not o and holds(other, o)]
             unsure = [
@@ -260,13 +261,12 @@ class Edit:
 
 
 def sample_edits(
-    scene: Scene, rng: random.Random, width_px: int, height_px: int, num_turns: int = 1, split: str = "any"
+    scene: Scene, rng: random.Random, width_px: int, height_px: int, num_turns: int = 1, split: str = "test"
 ) -> list[Edit] | None:
     """A program of one or several edits in a row, each of a scene that the one before leaves; None if one fails.
 
     Args:
-        split: no edit leads from one split into a scene of "test" (or, in training, of "validation"), unless it starts
-            there; "any": wherever.
+        split: an edit of "train" leads to none of the other splits' scenes, and one of "validation" to none of "test".
     """
     edits: list[Edit] = []
     for _ in range(num_turns):
@@ -282,14 +282,15 @@ def sample_edits(
 
 def _sample_edit(scene: Scene, rng: random.Random, width_px: int, height_px: int, split: str) -> Edit | None:
     """Kinds are as likely as each other, as far as the scene allows them."""
+    allowed = {"train": ("train",), "validation": ("train", "validation")}.get(split, SPLITS)
     for kind in rng.sample(list(EDITS), len(EDITS)):
-        for _ in range(8):
+        for _ in range(24):
             found = EDITS[kind](scene, rng, width_px, height_px)
             if found is None:
                 continue
             words, objects = found
             after = replace(scene, objects=left_to_right(objects))
-            if split in ("any", "test", split_of(after)) and _all_fit(after, width_px, height_px):
+            if split_of(after) in allowed and _all_fit(after, width_px, height_px):
                 return Edit(kind, words, after)
     return None
 

@@ -47,6 +47,7 @@ NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
 
 # One combination of shape, color and size for each color, two for each shape: seen in the test split only.
 HELD_OUT = frozenset((SHAPES[i % 4], color, ("small", "large")[(i // 4 + i) % 2]) for i, color in enumerate(COLORS))
+SPLITS = ("train", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -109,18 +110,18 @@ def sample_scene(
 
     Args:
         num_objects: 1 to 4; drawn if None.
-        split: "train" has no held-out combination (and may be kept for validation: `split_of`), "test" at least one,
-            "any" whatever comes.
+        split: "train" has no held-out combination (and may be of "validation", which `sample_split_scene` leaves out),
+            "test" at least one, "any" whatever comes.
     """
-    if split not in ("train", "test", "any"):
-        raise ValueError(f"split is {split!r}; accepted are 'train', 'test' and 'any'.")
+    allowed = {"train": ("train", "validation"), "any": SPLITS}.get(split, (split,))
+    if not {*allowed} <= {*SPLITS}:
+        raise ValueError(f"split is {split!r}; accepted are {', '.join(SPLITS)} and any")
     count = num_objects or rng.choices((1, 2, 3, 4), weights=(3, 1, 0, 0) if with_mannequin else (3, 4, 2, 2))[0]
     if not 1 <= count <= 4:
         raise ValueError(f"num_objects is {num_objects}; a scene holds 1 to 4 objects.")
     while True:
         combinations = _sample_combinations(rng, count)
-        held_out = sum(c in HELD_OUT for c in combinations)
-        if (split == "train" and held_out) or (split == "test" and not held_out):
+        if _split_of(combinations) not in allowed:
             continue
         mannequin = _place_mannequin(rng, width_px, height_px) if with_mannequin else None
         objects = _place(rng, combinations, width_px, height_px, mannequin)
@@ -138,7 +139,7 @@ def sample_scene(
 def sample_split_scene(rng: random.Random, width_px: int, height_px: int, split: str, **options) -> Scene:
     """As `sample_scene`, but from "train", "validation" or "test" by `split_of`: none has another's scenes."""
     while True:
-        scene = sample_scene(rng, width_px, height_px, split="test" if split == "test" else "train", **options)
+        scene = sample_scene(rng, width_px, height_px, split=split, **options)
         if split_of(scene) == split:
             return scene
 
@@ -149,10 +150,13 @@ def left_to_right(objects: Iterable[SceneObject]) -> tuple[SceneObject, ...]:
 
 def split_of(scene: Scene) -> str:
     """ "test" with a held-out combination; of the others a sixteenth is "validation", by which objects it holds."""
-    combinations = sorted(o.combination for o in scene.objects)
-    if HELD_OUT & set(combinations):
+    return _split_of([o.combination for o in scene.objects])
+
+
+def _split_of(combinations: Iterable[tuple[str, str, str]]) -> str:
+    if HELD_OUT.intersection(combinations):
         return "test"
-    return "validation" if _hash(repr(combinations)) % 16 == 1 else "train"
+    return "validation" if _hash(repr(sorted(combinations))) % 16 == 1 else "train"
 
 
 def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str, str]]:
