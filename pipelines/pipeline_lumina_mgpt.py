@@ -9,6 +9,7 @@ import json
 import math
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -698,7 +699,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         config, weights = _read_lora(path_or_repo, hub_arguments)
         self._check_lora(path_or_repo, config, weights, name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        peft.inject_adapter_in_model(config, model, name)
+        _inject(config, model, name)
         peft.set_peft_model_state_dict(model, weights, name)
         model._hf_peft_config_loaded = True
         model.train(model.training)  # new layers are in training mode
@@ -851,14 +852,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
     def _check_lora(self, source, config, weights: dict[str, Tensor], name: str) -> None:
         """Raises unless these are the weights that an adapter of the model has, as a twin without storage shows."""
-        peft = _peft()
         try:
             with torch.device("meta"):
                 twin = type(self.transformer)(deepcopy(self.transformer.config))
                 for other in self._adapters():
-                    peft.inject_adapter_in_model(deepcopy(self.transformer.peft_config[other]), twin, other)
-                peft.inject_adapter_in_model(deepcopy(config), twin, name)
-            needed = peft.get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
+                    _inject(deepcopy(self.transformer.peft_config[other]), twin, other)
+                _inject(deepcopy(config), twin, name)
+            needed = _peft().get_peft_model_state_dict(twin, adapter_name=name, save_embedding_layers=False)
         except Exception as error:  # peft's are of many kinds
             raise ValueError(f"{source} as adapter {name!r} does not fit the model: {error}") from error
         shapes = {key: tuple(weight.shape) for key, weight in needed.items()}
@@ -973,6 +973,12 @@ def _peft():
     except ImportError as error:
         raise ImportError("adapters need peft: pip install peft") from error
     return peft
+
+
+def _inject(config, model: PreTrainedModel, name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Already found a `peft_config`")  # several adapters are meant
+        _peft().inject_adapter_in_model(config, model, name)
 
 
 def _read_lora(source: str | Path, hub_arguments: dict[str, Any]) -> tuple[Any, dict[str, Tensor]]:
