@@ -12,7 +12,9 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value, load_dataset
 from PIL import Image as PILImage
+from typer.testing import CliRunner
 
+from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training import tokenize_dataset
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.tokenize_dataset import load_tokenized, tokenize
@@ -183,5 +185,21 @@ def test_another_mixture_or_model_is_refused_but_other_weights_are_not(tiny_proc
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="something else"):
         tokenize(mixed, tiny_processor, tmp_path / "full", MAX_LENGTH)
-    with pytest.raises(ValueError, match="nowhere"):
-        load_tokenized(mixed, tiny_processor, "nowhere", MAX_LENGTH)
+    with pytest.raises(ValueError, match="nowhere has no mixture"):
+        load_tokenized(mixed, tiny_processor, tmp_path / "nowhere", MAX_LENGTH)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_command_tokenizes_a_recipe(tiny_folder, tiny_processor, saved, tmp_path, monkeypatch, ranks):
+    recipe = {"model": str(tiny_folder), "output_dir": str(tmp_path), "tokenized": str(tmp_path / "ids"), "sft": {}}
+    recipe["mixture"] = {"target_px": 64, "sources": [{"task": "caption", "path": saved}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    monkeypatch.setenv("WORLD_SIZE", str(ranks))
+    for rank in range(ranks):
+        monkeypatch.setenv("RANK", str(rank))
+        result = CliRunner().invoke(app, ["tokenize", str(tmp_path / "recipe.yaml")])
+        assert result.exit_code == 0, result.output
+    assert len(load_tokenized(Mixture(**recipe["mixture"]), tiny_processor, tmp_path / "ids", MAX_LENGTH)) == 22
+    (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "tokenized": None}))
+    result = CliRunner().invoke(app, ["tokenize", str(tmp_path / "recipe.yaml")])
+    assert result.exit_code == 2 and "name one as OUT" in result.output

@@ -6,17 +6,14 @@ ahead (`tokenize_dataset.py`) both call `MixtureReader`, and whatever is random 
 mixture's seed, the source and the record's index alone (with random crops also on the epoch).
 """
 
-import json
 import logging
-import os
 import random
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -24,10 +21,7 @@ import torch
 from datasets import (
     Dataset,
     DatasetDict,
-    Features,
     IterableDataset,
-    List,
-    Value,
     concatenate_datasets,
     interleave_datasets,
     load_dataset,
@@ -37,9 +31,9 @@ from PIL import Image
 
 from modeling_lumina_mgpt.uni_rep import is_whole
 
-from .tabletop import MAPS, TabletopSource, tabletop_records
 from .records import RecordError
-from .tasks import ADAPTERS, check_columns, conversation, tabletop_conversation
+from .tabletop import TabletopSource
+from .tasks import ADAPTERS, check_columns, conversation
 
 TABLETOP = "tabletop"
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
@@ -107,9 +101,6 @@ class Mixture:
     max_skipped: float = 0.01
     seed: int = 0
 
-    def __new__(cls, *args, **values):
-        return ScenesMixture(*args, **values) if "num_scenes" in values else super().__new__(cls)
-
     def __post_init__(self):
         if not self.sources or not isinstance(self.sources, list):
             raise ValueError(f"sources {self.sources!r}: accepted is a list of at least one")
@@ -170,7 +161,7 @@ class Records:
         self.source = source
         self.options = dict(source.options)
         try:
-            self.dataset = self._tabletop(mixture, processor) if source.path == TABLETOP else _open(source)
+            self.dataset: Any = self._tabletop(mixture, processor) if source.path == TABLETOP else _open(source)
             columns = self.dataset.column_names or list(next(iter(self.dataset)))
             check_columns(source.task, columns, source.columns, self.options)
         except Exception as error:  # each kind of place and file has errors of its own
@@ -185,7 +176,7 @@ class Records:
     def _tabletop(self, mixture: Mixture, processor) -> TabletopSource:
         ratio = self.options.pop("max_aspect_ratio", 2.0)  # beyond 2, its four objects hardly have room
         sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= ratio * min(s)]
-        return TabletopSource(self.source.task, sizes, mixture.seed, self.source.split, self.source.num_records)
+        return TabletopSource(self.source.task, sizes, mixture.seed, self.source.split, self.source.num_records or 0)
 
     def _needed(self, columns: list[str]):
         """Without columns that the adapter does not read, whose pictures would be decoded for nothing."""
@@ -267,7 +258,7 @@ class MixtureReader:
         return IterableDataset.from_generator(partial(_mixed_rows, self.sources, self.mixture))
 
     def _index(self) -> Dataset:
-        sizes = enumerate(records.num_records for records in self.sources)
+        sizes = enumerate(records.num_records or 0 for records in self.sources)
         rows = [{"source": np.full(size, number), "index": np.arange(size)} for number, size in sizes]
         return self.mixture.mix([Dataset.from_dict(own) for own in rows])
 
@@ -370,79 +361,3 @@ def _mixed_rows(sources: list[Records], mixture: Mixture) -> Iterator[dict[str, 
 def _reason(error: Exception) -> str:
     """What an error says, without the addresses of objects, which differ from run to run."""
     return re.sub(r"\s*<[^<>]* at 0x[0-9a-f]+>", "", " ".join(str(error).split())) or type(error).__name__
-
-
-# --- what `sft.py` uses until it reads the mixtures above
-
-
-TASKS_WITH_MAPS = {*MAPS, "control", "edit"}
-FEATURES = Features({"input_ids": List(Value("int32")), "labels": List(Value("int32")), "task": Value("string")})
-CHUNK = 64
-
-
-@dataclass
-class ScenesMixture:
-    """What a stage trains on.
-
-    Attributes:
-        target_px: side of the square whose area pictures have; sizes are that area's buckets.
-        max_aspect_ratio: of the buckets in use; beyond 2, Tabletop's four objects hardly have room.
-        num_scenes: Tabletop scenes, each of which becomes one record.
-        tasks: task -> weight.
-        seed: of the scenes and of the choice of tasks.
-    """
-
-    target_px: int
-    num_scenes: int
-    tasks: dict[str, float] = field(default_factory=lambda: {"text-to-image": 1.0})
-    max_aspect_ratio: float = 2.0
-    seed: int = 0
-
-
-def load_mixture(mixture: ScenesMixture, processor, folder: str | Path) -> Dataset:
-    """The mixture's records (`input_ids`, `labels`, `task`), from `folder` if they are there, else made and saved.
-
-    Raises:
-        ValueError: if the records in `folder` are of another mixture.
-    """
-    folder = Path(folder)
-    if not folder.exists():
-        _make(mixture, processor, folder)
-    made = json.loads((folder / "mixture.json").read_text())
-    if made != asdict(mixture):
-        raise ValueError(f"{folder} holds another mixture, {made}, not {asdict(mixture)}: remove it to make this one")
-    return load_from_disk(folder)
-
-
-def _make(mixture: ScenesMixture, processor, folder: Path) -> None:
-    """Renders and encodes; the folder appears when it is whole."""
-    part = folder.with_name(f"{folder.name}.part")
-    with TemporaryDirectory() as cache_dir:
-        made = Dataset.from_generator(
-            _records,
-            features=FEATURES,
-            gen_kwargs={"starts": [*range(0, mixture.num_scenes, CHUNK)], "mixture": mixture, "processor": processor},
-            num_proc=min(os.cpu_count() or 1, -(-mixture.num_scenes // CHUNK)),
-            cache_dir=cache_dir,
-        )
-        made.save_to_disk(part)
-    (part / "mixture.json").write_text(json.dumps(asdict(mixture)))
-    part.rename(folder)
-
-
-def _records(starts: list[int], mixture: ScenesMixture, processor) -> Iterator[dict]:
-    """Records of the chunks of scenes at `starts`; workers share these chunks out among themselves."""
-    torch.set_num_threads(1)
-    sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= mixture.max_aspect_ratio * min(s)]
-    names, weights = zip(*mixture.tasks.items(), strict=True)
-    for start in starts:
-        indices = range(start, min(start + CHUNK, mixture.num_scenes))
-        rng = random.Random(f"{mixture.seed}/{start}")
-        maps = bool(TASKS_WITH_MAPS & mixture.tasks.keys())
-        records = tabletop_records(indices, sizes, mixture.seed, maps=maps)
-        tasks = rng.choices(names, weights, k=len(indices))
-        conversations = [tabletop_conversation(t, r, processor, rng) for t, r in zip(tasks, records, strict=True)]
-        codes = iter(processor.encode_images([i for _, images in conversations for i in images], mixture.target_px))
-        for task, (turns, images) in zip(tasks, conversations, strict=True):
-            ids = processor.encode_conversation(turns, [next(codes) for _ in images])
-            yield {**ids, "task": task}

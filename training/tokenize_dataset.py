@@ -35,6 +35,8 @@ from datasets import Dataset, Features, List, Value, load_dataset
 from huggingface_hub import snapshot_download
 from tqdm.auto import tqdm
 
+from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTProcessor
+
 from .mixture import MIN_SEEN, Mixture, MixtureReader, Source
 
 SHARD_RECORDS = 512
@@ -48,6 +50,7 @@ FEATURES = Features(
         "index": Value("int64"),
     }
 )
+HUB = "hf://datasets/"  # before a Hub dataset's name
 NOTES = b"lumina_mgpt"  # of a shard, in its schema's metadata
 OF_LOADING = ("weight", "max_skipped", "max_length")  # fields that change no shard; max_length is noted as it was used
 
@@ -96,6 +99,8 @@ def tokenize(
     if num_proc is None:
         num_cpus = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = max(1, num_cpus) if processor.vqvae.device.type == "cpu" else 1
+    if (folder / "skipped.jsonl").exists() and not _missing(folder):
+        return
     own = (shard for place, shard in enumerate(_shards(reader, folder)) if place % world_size == rank)
     skipped = Skipped(mixture, _sizes(reader))
     for path in sorted(folder.glob("data/*.parquet")):
@@ -108,13 +113,45 @@ def tokenize(
         _finish(folder, mixture)
 
 
+def tokenize_recipe(recipe, folder: str | Path) -> None:
+    """This process's share of tokenizing an `SFTRecipe`'s mixture, on its accelerator if there is one.
+
+    Which process it is, RANK, WORLD_SIZE and LOCAL_RANK say, as torchrun and `accelerate launch` set them.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    start = _start(recipe, rank)
+    processor = LuminaMGPTProcessor.from_pretrained(start)
+    if device := torch.accelerator.current_accelerator(check_available=True):
+        processor.vqvae.to(torch.device(device.type, local_rank))
+    max_length = recipe.max_length(LuminaMGPTConfig.from_pretrained(start))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    tokenize(Mixture(**recipe.mixture), processor, folder, max_length, rank, world_size)
+
+
+def _start(recipe, rank: int) -> str:
+    """Where the model is; a new one is made by the first process, and the others wait for it."""
+    from .sft import new_pipeline
+
+    start = Path(recipe.start)
+    while recipe.from_scratch and not start.exists():
+        if rank:
+            time.sleep(1)
+            continue
+        part = start.with_name(f"{start.name}.part")
+        new_pipeline(recipe.from_scratch).save_pretrained(part)
+        part.rename(start)
+    return recipe.start
+
+
 def load_tokenized(mixture: Mixture, processor, folder: str | Path, max_length: int) -> Dataset:
-    """The records of a folder, or of a Hub dataset that holds one: `input_ids`, `labels`, `task`, `length`; weighted.
+    """Records of a folder, or of "hf://datasets/NAMESPACE/NAME" that holds one, weighted.
+
+    Rows have `input_ids`, `labels`, `task` and `length`.
 
     Raises:
         ValueError: if they are of another mixture or model, not all there, or longer than `max_length`.
     """
-    folder = Path(folder) if Path(folder).exists() else Path(_downloaded(str(folder)))
+    folder = Path(_downloaded(str(folder)) if str(folder).startswith(HUB) else folder)
     _check(folder, _manifest(mixture, processor))
     if missing := _missing(folder):
         names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} others" if len(missing) > 3 else "")
@@ -132,11 +169,11 @@ def load_tokenized(mixture: Mixture, processor, folder: str | Path, max_length: 
     return mixture.mix(loaded)
 
 
-def _downloaded(repo_id: str) -> str:
+def _downloaded(address: str) -> str:
     try:
-        return snapshot_download(repo_id, repo_type="dataset")
+        return snapshot_download(address.removeprefix(HUB), repo_type="dataset")
     except (ValueError, OSError) as error:
-        raise ValueError(f"tokenized {repo_id!r}: neither a folder nor a dataset on the Hub ({error})") from error
+        raise ValueError(f"tokenized {address!r}: {error}") from error
 
 
 # What a folder is of
