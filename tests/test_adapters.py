@@ -6,6 +6,7 @@ Where the columns were looked up stands beside each; names and types are theirs,
 import random
 import struct
 from itertools import groupby
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,12 @@ from datasets import Array2D, Array3D, ClassLabel, Dataset, Features, List, Valu
 from datasets import Image as ImageFeature
 from PIL import Image
 
+from modeling_lumina_mgpt import training
 from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
 from modeling_lumina_mgpt.training import drawing
 from modeling_lumina_mgpt.training.degradation import Degradation, degrade
+from modeling_lumina_mgpt.training.mixture import Mixture
+from modeling_lumina_mgpt.training.sft import read_recipe
 from modeling_lumina_mgpt.training.tasks import ADAPTERS, ColumnError, RecordError, check_columns, conversation
 
 TEXT, WHOLE, REAL, PICTURE = Value("string"), Value("int64"), Value("float64"), ImageFeature()
@@ -403,6 +407,22 @@ def test_ade20k_has_label_maps(encode):
         encode("segmentation", features, record, columns, {"palette": "nonsense"})
 
 
+def test_captioned_ade20k_has_both(encode):
+    # huggingface.co/datasets/limingcv/Captioned_ADE20K README.md: labels as lists, and drawn
+    texts = dict.fromkeys(("detailed_prompt", "image_path", "prompt"), TEXT)
+    features = {"image": PICTURE, "control_seg": PICTURE, "seg_map": List(List(Value("uint8"))), **texts}
+    labels = np.zeros((64, 64), np.uint8)
+    labels[:20] = 1
+    record = {"image": noise(), "control_seg": noise(seed=1), "seg_map": labels.tolist(), "prompt": "a beach"}
+    record |= {"detailed_prompt": "a wide beach", "image_path": "1.jpg"}
+    drawn = encode("segmentation", features, record, {"segmentation": "control_seg"}).pictures[1]
+    assert same(drawn, record["control_seg"])
+    own = encode("segmentation", features, record, {"segmentation": "seg_map"}).pictures[1]
+    assert [own.getpixel((0, y)) for y in (0, 50)] == [(255, 255, 0), (0, 0, 255)]
+    found = encode("control", features, record, {"segmentation": "control_seg", "caption": "prompt"})
+    assert same(found.pictures[0], record["control_seg"]) and encode.is_drawn(found.answers[0][0], record["image"])
+
+
 def test_refcoco_with_ends(encode, tmp_path):
     # huggingface.co/datasets/jxu124/refcoco README.md; boxes: left, top, right, bottom (Hugging Face's cookbook)
     sentence = {"raw": TEXT, "sent": TEXT, "sent_id": WHOLE, "tokens": List(TEXT)}
@@ -643,6 +663,38 @@ def test_drawn_boxes_are_found_again(encode):
         left, top = rng.randrange(80), rng.randrange(60)
         box = left, top, rng.randrange(left + 24, 160), rng.randrange(top + 24, 120)
         assert encode.processor.image_processor.find_box(drawing.draw_box(picture, box), picture) == box
+
+
+PUBLIC_COLUMNS = {
+    "hf://datasets/jackyhate/text-to-image-2M": ["jpg", "json", "__key__", "__url__"],
+    "teknium/OpenHermes-2.5": ["conversations", "source", "category"],
+    "hf://datasets/YanweiLi/MGM-Instruction": ["id", "image", "conversations"],
+    "HuggingFaceH4/llava-instruct-mix-vsft": ["messages", "images"],
+    "osunlp/MagicBrush": ["img_id", "turn_index", "source_img", "mask_img", "instruction", "target_img"],
+    "hf://datasets/AILab-CVC/SEED-Data-Edit-Part2-3": ["source_image", "edit_image_1", "instruction_1"],
+    "tanganke/nyuv2": ["image", "segmentation", "depth", "normal", "noise"],
+    "hero-nq1310/coco-kpt17": ["image", "annotations"],
+    "limingcv/Captioned_ADE20K": ["image", "detailed_prompt", "control_seg", "seg_map", "image_path", "prompt"],
+    "jxu124/refcoco": ["sentences", "image_path", "bbox", "captions"],
+    "limingcv/MultiGen-20M_depth": ["image", "control_depth", "text"],
+    "WeiChow/mscoco_keypoint": ["id", "caption", "image", "cond"],
+    "Yuanshi/Subjects200K": ["image", "collection", "quality_assessment", "description"],
+    "data/virtual_kitti_2.jsonl": ["image", "depth"],
+    "data/sintel.jsonl": ["image", "depth"],
+    "data/scannet_normals.jsonl": ["image", "normal"],
+    "data/normals_captioned.jsonl": ["image", "normal", "caption"],
+}
+RECIPES = Path(training.__file__).parent / "recipes"
+
+
+@pytest.mark.parametrize("recipe", ["lumina-mgpt", "lumina-mgpt-2", "pure"])
+def test_recipes_name_columns_that_their_sources_have(recipe):
+    for path in (RECIPES / recipe).glob("*.yaml"):
+        values = read_recipe(path)
+        for mixture in (Mixture(**values["mixture"]), Mixture(**values["evaluation"])):
+            for source in mixture.sources:
+                found = next(columns for place, columns in PUBLIC_COLUMNS.items() if source.path.startswith(place))
+                check_columns(source.task, found, source.columns, source.options)
 
 
 def test_every_task_but_completion_has_an_adapter(encode):
