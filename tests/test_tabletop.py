@@ -1,20 +1,37 @@
-"""Tabletop scenes: reproducible, inside the frame, and described by maps and sentences that agree with them."""
+"""Tabletop: reproducible and disjoint records; pictures, maps and words that agree with the scenes they are of."""
 
+import math
 import random
+import re
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
-from modeling_lumina_mgpt.training import tabletop
+from modeling_lumina_mgpt.training import tabletop, tabletop_language
 from modeling_lumina_mgpt.training.tabletop import (
+    COLUMNS,
     FAR,
+    HELD_OUT,
+    NUMBER_WORDS,
+    SPLITS,
+    TabletopSource,
     describe,
+    find_joints,
     parse,
     render,
     sample_scene,
+    split_of,
+    split_of_sentence,
     tabletop_records,
+    tabletop_texts,
+    to_image,
 )
+from modeling_lumina_mgpt.training.tabletop_language import QUESTIONS, referring_phrases
+from modeling_lumina_mgpt.training.tabletop_scenes import project
 
 SIZES = [(48, 32), (32, 48), (40, 40)]
 
@@ -23,13 +40,238 @@ def scenes(split: str = "any", count: int = 12, size: tuple[int, int] = (48, 48)
     return [sample_scene(random.Random(i), *size, split=split) for i in range(count)]
 
 
-def test_a_record_depends_on_its_index_alone():
+def plans(task: str, count: int, split: str = "train", seed: int = 0) -> list[tabletop.Plan]:
+    source = TabletopSource(task, [(48, 48)], seed, split, count)
+    return [source.plan(i) for i in range(count)]
+
+
+def test_pictures_are_those_that_the_checkpoint_was_trained_on():
+    """The judge and the default checkpoint know these colors, lights and solids."""
+    scene = sample_scene(random.Random(2024), 32, 32, 4, "any")
+    golden = np.asarray(Image.open(Path(__file__).parent / "golden" / "tabletop_scene.png"), int)
+    assert np.abs(np.asarray(to_image(render([scene], 32, 32).rgb[0]), int) - golden).max() <= 1
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_a_record_depends_on_its_index_alone(task):
+    source = TabletopSource(task, SIZES, 3, "train", 5)
+    together, (alone,) = source.fetch(range(5)), source.fetch([3])
+    assert len(source) == 5 and all(set(record) | {"pose"} == {*source.column_names, "pose"} for record in together)
+    assert _comparable(together[3]) == _comparable(alone)
+    assert TabletopSource(task, SIZES, 4, "train", 5).plan(3) != source.plan(3)
+    assert task == "chat" or all(picture.size in SIZES for r in together for picture in _pictures(r))
+
+
+def _pictures(record) -> list[Image.Image]:
+    values = [v for value in record.values() for v in (value if isinstance(value, list) else [value])]
+    return [value for value in values if isinstance(value, Image.Image)]
+
+
+def _comparable(record) -> tuple:
+    words = {k: v for k, v in record.items() if not isinstance(v, Image.Image) and k != "images"}
+    return words, [picture.tobytes() for picture in _pictures(record)]
+
+
+def test_pictures_of_any_kind_depend_on_their_index_alone():
     together = list(tabletop_records(range(6), SIZES, seed=3))
     alone = next(tabletop_records([4], SIZES, seed=3))
-    assert together[4]["caption"] == alone["caption"] and together[4]["scene"] == alone["scene"]
-    for key in ("image", *tabletop.MAPS):
-        assert np.array_equal(np.asarray(together[4][key]), np.asarray(alone[key]))
-    assert next(tabletop_records([4], SIZES, seed=4))["scene"] != alone["scene"]
+    assert together[4]["scene"] == alone["scene"]
+    assert all(np.array_equal(together[4][key], alone[key]) for key in ("image", *tabletop.MAPS))
+
+
+@pytest.mark.parametrize("task", COLUMNS)
+def test_splits_are_disjoint(task):
+    for split in SPLITS:
+        for plan in plans(task, 6, split):
+            for scene in plan.scenes if split == "train" else plan.scenes[:1]:
+                assert split_of(scene) == split
+                assert split == "test" or not HELD_OUT & {o.combination for o in scene.objects}
+            sentences = [plan.words["caption"]] if "caption" in plan.words else []
+            sentences += [m["value"] for m in plan.words["conversations"][::2]] if task == "chat" else []
+            assert all(split_of_sentence(sentence) == split for sentence in sentences)
+
+
+def test_an_answer_is_true_of_the_scene():
+    answers: dict[str, Counter] = {kind: Counter() for kind in QUESTIONS}
+    for plan in plans("vqa", 150):
+        (kind,), question, answer = plan.kinds, plan.words["question"], plan.words["answer"]
+        answers[kind][answer] += 1
+        assert answer == _answer(plan.scenes[0].objects, question), (question, plan.scenes[0])
+    assert min(counts.total() for counts in answers.values()) > 8
+    for kind in ("is there", "compare"):
+        assert 0.3 < answers[kind]["yes"] / answers[kind].total() < 0.7
+
+
+def _meant(objects, phrase: str) -> list:
+    words = phrase.split()
+    return [o for o in objects if all(w in (o.shape, o.color, o.size, "object", "the", "a", "an") for w in words)]
+
+
+def _answer(objects, question: str) -> str:
+    """By reading the question, which is not how it was made."""
+    if match := re.fullmatch(r"How many (.*?)s? are there\?", question):
+        return NUMBER_WORDS[len(_meant(objects, match[1]))]
+    if match := re.fullmatch(r"What (color|shape) is (.*)\?", question):
+        (one,) = _meant(objects, match[2])
+        return getattr(one, match[1])
+    if match := re.fullmatch(r"Is there (.*)\?", question):
+        return "yes" if _meant(objects, match[1]) else "no"
+    if match := re.fullmatch(r"Are there (more|as many) (.*)s (?:than|as) (.*)s\?", question):
+        a, b = (len(_meant(objects, match[i])) for i in (2, 3))
+        return "yes" if (a > b if match[1] == "more" else a == b) else "no"
+    if match := re.fullmatch(r"Which is (larger|smaller), (.*) or (.*)\?", question):
+        (a,), (b,) = (_meant(objects, match[i]) for i in (2, 3))
+        return match[2] if (a.radius > b.radius) == (match[1] == "larger") else match[3]
+    relation, phrase = re.findall(r"What is (left of|right of|in front of|behind) (.*)\?", question)[0]
+    (one,) = _meant(objects, phrase)
+    found = [o for o in objects if o is not one and _is(o, relation, one)]
+    assert len(found) < 2
+    article = "an" if found and found[0].color == "orange" else "a"
+    return f"{article} {found[0].color} {found[0].shape}" if found else "nothing"
+
+
+def _is(a, word: str, b) -> bool:
+    return {"left of": a.x < b.x, "right of": a.x > b.x, "in front of": a.z < b.z, "behind": a.z > b.z}[word]
+
+
+def test_a_phrase_singles_out_one_object():
+    for scene in scenes(count=60):
+        for index, target in enumerate(scene.objects):
+            for phrase in referring_phrases(scene, index):
+                assert _singled_out(scene.objects, phrase) is target, phrase
+
+
+def _singled_out(objects, phrase: str):
+    ends = {"on the left": "leftmost", "on the right": "rightmost", "in front": "nearest", "in the back": "farthest"}
+    for end, word in ends.items():
+        if phrase.endswith(end):
+            phrase = phrase.removesuffix(" " + end).replace("the ", f"the {word} ")
+    if match := re.fullmatch(r"the (leftmost|rightmost|nearest|farthest) (.*)", phrase):
+        axis, sign = {"leftmost": ("x", 1), "rightmost": ("x", -1), "nearest": ("z", 1), "farthest": ("z", -1)}[
+            match[1]
+        ]
+        return min(_meant(objects, match[2]), key=lambda o: sign * getattr(o, axis))
+    if match := re.fullmatch(r"(.*) (left of|right of|in front of|behind) (.*)", phrase):
+        (anchor,) = _meant(objects, match[3])
+        found = [o for o in _meant(objects, match[1]) if o is not anchor and _is(o, match[2], anchor)]
+    else:
+        found = _meant(objects, phrase)
+    (one,) = found
+    return one
+
+
+def test_the_box_is_that_of_the_object_that_is_meant():
+    source = TabletopSource("detection", SIZES, 0, "test", 8)
+    for record, plan in zip(source.fetch(range(8)), map(source.plan, range(8)), strict=True):
+        assert _singled_out(plan.scenes[0].objects, record["phrase"]) is plan.scenes[0].objects[plan.target]
+        segmentation = render(plan.scenes, *plan.size, maps=True).segmentation[0]
+        rows, columns = np.nonzero(segmentation.numpy() == plan.target + 1)
+        assert record["box"] == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+
+
+def test_an_edit_does_what_it_says_and_nothing_else():
+    kinds: Counter[str] = Counter()
+    for plan in plans("edit", 120):
+        assert len(plan.scenes) == len(plan.kinds) + 1 == len(plan.words["instructions"]) + 1
+        for before, after, kind, words in zip(
+            plan.scenes, plan.scenes[1:], plan.kinds, plan.words["instructions"], strict=False
+        ):
+            kinds[kind] += 1
+            lost, won = ({*a.objects} - {*b.objects} for a, b in ((before, after), (after, before)))
+            assert (before.table, before.wall, before.light_azimuth) == (after.table, after.wall, after.light_azimuth)
+            assert (len(lost), len(won)) == {"remove": (1, 0), "add": (0, 1), "swap": (2, 2)}.get(kind, (1, 1)), words
+            if kind in ("recolor", "resize", "move"):
+                (old,), (new,) = lost, won
+                stays = {"recolor": {"color"}, "resize": {"size"}, "move": {"x", "z"}}[kind]
+                assert {name for name in vars(old) if vars(old)[name] != vars(new)[name]} <= stays
+                assert kind != "recolor" or new.color in words
+            if kind == "swap":
+                assert {(o.x, o.z) for o in lost} == {(o.x, o.z) for o in won}
+    assert kinds.keys() == tabletop_language.EDITS.keys() and kinds.total() > 150
+
+
+def test_pictures_of_an_edit_differ_only_where_the_edit_is():
+    source = TabletopSource("edit", [(64, 64)], 1, "train", 14)
+    for i, record in enumerate(source.fetch(range(14))):
+        plan, pictures = source.plan(i), [np.asarray(picture, int) for picture in record["images"]]
+        for before, after, old, new in zip(plan.scenes, plan.scenes[1:], pictures, pictures[1:], strict=False):
+            changed = np.abs(new - old).max(-1) > 3
+            assert changed.any()
+            for o in {*before.objects} ^ {*after.objects}:
+                left, top, right, bottom = _reach(o, before.light_azimuth)
+                changed[max(top, 0) : max(bottom, 0), max(left, 0) : max(right, 0)] = False
+            assert not changed.any(), plan.words
+
+
+def _reach(o, light_azimuth: float, side_px: int = 64) -> tuple[int, int, int, int]:
+    """Box (pixels) around an object, its shadow at the lowest light, and the darker ground where it stands."""
+    length = o.height / math.tan(0.9 - 0.09)
+    ground = (
+        (o.x + s * -math.sin(light_azimuth) * length + dx, o.z + s * math.cos(light_azimuth) * length + dz)
+        for s in (0, 1)
+        for dx in (-2.2 * o.radius, 2.2 * o.radius)
+        for dz in (-2.2 * o.radius, 2.2 * o.radius)
+    )
+    points = [project(x, y, z) for x, z in ground for y in (0, o.height)]
+    us, vs = zip(*points, strict=True)
+    half = side_px / 2
+    ends = half + half * min(us), half - half * max(vs), half + half * max(us), half - half * min(vs)
+    return tuple(math.floor(e) - 1 if i < 2 else math.ceil(e) + 1 for i, e in enumerate(ends))
+
+
+def test_a_long_caption_is_true():
+    for scene in scenes(count=40):
+        text = tabletop_language.describe_at_length(scene, random.Random(0), split_of_sentence("a cube"))
+        assert (f"{NUMBER_WORDS[len(scene.objects)]} objects" in text) == (len(scene.objects) > 1)
+        assert f"{scene.table}" in text and ("right." if scene.light_azimuth > 0 else "left.") in text
+        named = re.findall(r"(?i)\ban? (small|large) (\w+) (\w+)", text)
+        assert Counter((s, c, z) for z, c, s in named) == Counter(o.combination for o in scene.objects)
+
+
+def test_dialogue_is_right():
+    for plan in plans("chat", 300):
+        said = [message["value"] for message in plan.words["conversations"]]
+        for question, answer in zip(said[::2], said[1::2], strict=True):
+            if match := re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", question):
+                assert int(answer) == int(match[1]) + int(match[3]) * (1 if match[2] == "+" else -1)
+            if match := re.fullmatch(r"Which is (\w+)\? (\S+) or (\S+)", question):
+                assert answer == (min if match[1] == "smaller" else max)(match[2], match[3], key=float)
+            if match := re.fullmatch(r"Is (\S+) less than (\S+)\?", question):
+                assert answer == ("Yes." if float(match[1]) < float(match[2]) else "No.")
+
+
+def test_joints_lie_on_the_mannequin():
+    batch = [plan.scenes[0] for plan in plans("pose", 24)]
+    rendering = render(batch, 48, 48, maps=True)
+    seen, poses = 0, {scene.mannequin.pose for scene in batch}
+    for row, scene in enumerate(batch):
+        joints = find_joints(rendering, row, scene)
+        assert (joints[:, :2] >= 0).all() and (joints[:, :2] < 48).all()
+        for x, y, is_seen in joints.tolist():
+            on_mannequin = rendering.segmentation[row, int(y), int(x)] == len(scene.objects) + 1
+            assert on_mannequin or not is_seen
+            seen += is_seen
+        assert len(rendering.boxes(row)) == len(scene.objects) + 1
+    assert seen > 0.7 * 14 * len(batch) and len(poses) > 5
+
+
+def test_only_tasks_that_show_shape_have_a_mannequin():
+    for task in COLUMNS:
+        has = [any(scene.mannequin for scene in plan.scenes) for plan in plans(task, 12)]
+        if task == "pose":
+            assert all(has)
+        elif task in ("depth", "normal", "segmentation", "control", "pair", "panel"):
+            assert any(has) and not all(has)
+        else:
+            assert not any(has)
+
+
+def test_a_tokenizer_is_trained_on_the_words_of_every_task():
+    texts = tabletop_texts(2)
+    for task in COLUMNS:
+        for value in TabletopSource(task, [(64, 64)], 0, "train", 2).plan(1).words.values():
+            said = value if isinstance(value, list) else [value]
+            assert {v["value"] if isinstance(v, dict) else v for v in said} <= {*texts}
 
 
 @pytest.mark.parametrize("width_px, height_px", [(64, 64), (96, 32), (32, 96)])
@@ -123,3 +365,11 @@ def test_bad_requests_are_named():
         sample_scene(random.Random(0), 48, 48, split="dev")
     with pytest.raises(ValueError, match="5"):
         sample_scene(random.Random(0), 48, 48, num_objects=5)
+    with pytest.raises(ValueError, match="'dance'"):
+        TabletopSource("dance", SIZES, 0, "train", 1)
+    with pytest.raises(ValueError, match="'any'"):
+        TabletopSource("vqa", SIZES, 0, "any", 1)
+    with pytest.raises(ValueError, match="sizes"):
+        TabletopSource("vqa", [], 0, "train", 1)
+    with pytest.raises(IndexError, match="7 of 1"):
+        TabletopSource("vqa", SIZES, 0, "train", 1).fetch([7])

@@ -218,8 +218,8 @@ def _say(task: str, rng: random.Random, size: tuple[int, int], split: str, scene
     return Plan(size, (scene,), {})
 
 
-def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: Scene) -> Plan:
-    """The scene, and another one with one of its objects alone."""
+def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: Scene) -> Plan | None:
+    """The scene, and another one with one of its objects alone; None if that one is of a split to be kept unseen."""
     target = rng.randrange(len(scene.objects))
     subject = scene.objects[target]
     shape, color, size_word = subject.combination
@@ -228,8 +228,11 @@ def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: 
         moved = replace(alone.objects[0], shape=shape, color=color, size=size_word)
         if fits(moved, (), *size):
             break
+    reference = replace(alone, objects=(moved,))
+    if split == "train" != split_of(reference):
+        return None
     words = {"caption": describe_with_mannequin(scene, rng, split), "subject": " ".join(subject.combination[::-1])}
-    return Plan(size, (scene, replace(alone, objects=(moved,))), words, target=target)
+    return Plan(size, (scene, reference), words, target=target)
 
 
 def _talk(rng: random.Random, size: tuple[int, int], scene: Scene) -> Plan:

@@ -29,15 +29,24 @@ from .tabletop_scenes import (
 )
 
 STEP = {"x": 1.1, "z": 1.4}  # table units that an object is moved by
-RELATIONS: dict[str, Callable[[SceneObject, SceneObject], bool]] = {
-    "left of": lambda a, b: b.x - a.x > RELATION_MARGIN["x"],
-    "right of": lambda a, b: a.x - b.x > RELATION_MARGIN["x"],
-    "in front of": lambda a, b: b.z - a.z > RELATION_MARGIN["z"],
-    "behind": lambda a, b: a.z - b.z > RELATION_MARGIN["z"],
-}
+RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "in front of": ("z", -1), "behind": ("z", 1)}
+
+
+def stands(a: SceneObject, relation: str, b: SceneObject, clearly: bool = True) -> bool:
+    """Whether `a` stands so to `b`; `clearly`, so far that a sentence may say it."""
+    axis, sign = RELATIONS[relation]
+    return sign * (getattr(a, axis) - getattr(b, axis)) > (RELATION_MARGIN[axis] if clearly else 0.0)
 
 
 # --- phrases ---------------------------------------------------------------------------------------------------------
+
+
+ENDS = {
+    "left of": ("on the left", "leftmost"),
+    "right of": ("on the right", "rightmost"),
+    "in front of": ("in front", "nearest"),
+    "behind": ("in the back", "farthest"),
+}
 
 
 def referring_phrases(scene: Scene, index: int, max_words: int = 9) -> list[str]:
@@ -50,21 +59,17 @@ def referring_phrases(scene: Scene, index: int, max_words: int = 9) -> list[str]
         if not alike or size:
             continue
         name = _name(shape, color, size)
-        if all(RELATIONS["left of"](target, o) for o in alike):
-            placed += [f"{name} on the left", name.replace("the ", "the leftmost ")]
-        if all(RELATIONS["right of"](target, o) for o in alike):
-            placed += [f"{name} on the right", name.replace("the ", "the rightmost ")]
-        if all(RELATIONS["in front of"](target, o) for o in alike):
-            placed += [f"{name} in front", name.replace("the ", "the nearest ")]
-        if all(RELATIONS["behind"](target, o) for o in alike):
-            placed += [f"{name} in the back", name.replace("the ", "the farthest ")]
+        for relation, (end, superlative) in ENDS.items():
+            if all(stands(target, relation, o) for o in alike):
+                placed += [f"{name} {end}", name.replace("the ", f"the {superlative} ")]
         for other in others:
             anchor = (other.shape, other.color, None)
             if sum(_suits(o, *anchor) for o in scene.objects) > 1:
                 continue
-            for word, holds in RELATIONS.items():
-                if holds(target, other) and not any(holds(o, other) for o in alike):
-                    placed.append(f"{name} {word} {_name(*anchor)}")
+            for relation in RELATIONS:
+                rivals = (o for o in alike if o is not other)
+                if stands(target, relation, other) and not any(stands(o, relation, other, False) for o in rivals):
+                    placed.append(f"{name} {relation} {_name(*anchor)}")
     return [phrase for phrase in plain + placed if len(phrase.split()) <= max_words]
 
 
@@ -126,11 +131,11 @@ def _opening(scene: Scene, rng: random.Random) -> list[str]:
 def _placed_objects(scene: Scene, rng: random.Random) -> Iterator[str]:
     """From left to right, each by its place beside the one before."""
     first, *others = scene.objects
-    is_leftmost = others and all(RELATIONS["left of"](first, o) for o in others)
+    is_leftmost = others and all(stands(first, "left of", o) for o in others)
     opening = "On the left is" if is_leftmost else rng.choice(("There is", "The image shows", "One can see"))
     yield f"{opening} {noun_phrase((1, first.shape, first.color, first.size))}."
     for previous, o in pairwise(scene.objects):
-        place = rng.choice([word for word, holds in RELATIONS.items() if holds(o, previous)])
+        place = rng.choice([relation for relation in RELATIONS if stands(o, relation, previous)])
         phrase = noun_phrase((1, o.shape, o.color, o.size))
         place = f"to the {place}" if place in ("left of", "right of") else place
         if rng.random() < 0.5:
@@ -208,14 +213,12 @@ def _is_there(scene: Scene) -> Iterator[tuple[str, str]]:
 
 def _what_is_where(scene: Scene) -> Iterator[tuple[str, str]]:
     for name, o in _singled_out(scene, "shape", "color") if len(scene.objects) > 1 else ():
-        for word, holds in RELATIONS.items():
-            found = [other for other in scene.objects if other is not o and holds(other, o)]
-            unsure = [
-                other for other in scene.objects if other is not o and not holds(other, o) and not holds(o, other)
-            ]
-            if len(found) <= 1 and not unsure:
+        others = [other for other in scene.objects if other is not o]
+        for relation in RELATIONS:
+            found = [other for other in others if stands(other, relation, o, clearly=False)]
+            if len(found) <= 1 and all(stands(other, relation, o) for other in found):
                 answer = noun_phrase((1, found[0].shape, found[0].color, None)) if found else "nothing"
-                yield f"What is {word} {name}?", answer
+                yield f"What is {relation} {name}?", answer
 
 
 def _compare(scene: Scene) -> Iterator[tuple[str, str]]:
