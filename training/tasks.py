@@ -430,9 +430,3 @@ def _with_one_space(turn: str) -> str:
     """With placeholders as they are here, and one space between them and their neighbours."""
     parts = re.split(r"(<\|image\|>)", turn.replace("<image>", IMAGE))
     return " ".join(part.strip() for part in parts if part.strip())
-
-
-def tabletop_conversation(task: str, record: dict[str, Any], processor, rng: random.Random) -> Conversation:
-    """A record of `tabletop_records` as a conversation."""
-    columns = {"source_img": "image", "target_img": "edited"} if task == "edit" else {}
-    return conversation(task, record, processor, rng, columns)
