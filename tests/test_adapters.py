@@ -226,7 +226,7 @@ def test_magicbrush(encode):
 
 
 def test_seed_data_edit_in_one_turn(encode, tmp_path):
-    # AILab-CVC/SEED-Data-Edit, parts 1 and 2: file names. Their cards list no fields; these are assumed, after part 3's
+    # AILab-CVC/SEED-Data-Edit, parts 1 and 2: file names. Fields are assumed: the cards list none
     for i, name in enumerate(("a.jpg", "b.jpg")):
         noise(seed=i).save(tmp_path / name, quality=95)
     features = dict.fromkeys(("source_image", "target_image", "instruction"), TEXT)
