@@ -202,28 +202,57 @@ def chat(
 
 
 @app.command()
-def train(recipe: Annotated[Path, typer.Argument(help="A YAML file, as in training/recipes.")]):
-    """Train a model by a RECIPE."""
-    import yaml
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as in training/recipes.")],
+    plan: Annotated[bool, typer.Option("--plan", help="Only print the memory that each GPU would need.")] = False,
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs to plan for.")] = 1,
+    gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each of them.")] = 80,
+):
+    """Train a model by a RECIPE; what was stopped goes on where it was."""
+    from modeling_lumina_mgpt.training import sft, train_vq
 
-    try:
-        values = yaml.safe_load(recipe.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{recipe} is not YAML: {error}") from error
-    trainer = values.pop("trainer", "sft") if isinstance(values, dict) else None
-    if trainer == "vq":
-        from modeling_lumina_mgpt.training.train_vq import VQRecipe as Recipe
-        from modeling_lumina_mgpt.training.train_vq import train as run
-    elif trainer == "sft":
-        from modeling_lumina_mgpt.training.sft import SFTRecipe as Recipe
-        from modeling_lumina_mgpt.training.sft import train as run
+    loaded = sft.load_recipe(recipe)
+    if isinstance(loaded, train_vq.VQRecipe):
+        if plan:
+            raise ValueError(f"{recipe}: trainer 'vq'; what can be planned is 'sft'")
+        train_vq.train(loaded)
+    elif plan:
+        from modeling_lumina_mgpt.training.plan import plan as memory_plan
+
+        typer.echo(memory_plan(loaded, gpus, gpu_memory))
     else:
-        raise ValueError(f"{recipe}: trainer {trainer!r}; accepted are 'vq' and 'sft'")
-    try:
-        loaded = Recipe(**values)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{recipe}: {error}; accepted are {', '.join(Recipe.__dataclass_fields__)}") from error
-    run(loaded)
+        sft.train(loaded)
+
+
+@app.command()
+def merge(
+    source: Annotated[Path, typer.Argument(help="A checkpoint-N that FSDP has sharded, or an adapter's folder.")],
+    out: Annotated[Path, typer.Argument(help="Folder to make.")],
+    model: Annotated[str | None, typer.Option(help="What training started from, if SOURCE does not say.")] = None,
+):
+    """Make a model that every loader reads of what training has spread out."""
+    from modeling_lumina_mgpt.training.merge import merge as run
+
+    run(source, out, None if model is None else _existing(model, "model"))
+
+
+@app.command()
+def tokenize(
+    recipe: Annotated[Path, typer.Argument(help="A YAML file, as in training/recipes.")],
+    out: Annotated[Path | None, typer.Argument(help="Folder to make; the recipe's `tokenized` if not given.")] = None,
+):
+    """Turn the records of a RECIPE's mixture into ids ahead of training.
+
+    Processes that torchrun or `accelerate launch` starts share the work. What is done already is not done again.
+    """
+    from modeling_lumina_mgpt.training import sft, tokenize_dataset
+
+    loaded = sft.load_recipe(recipe)
+    if not isinstance(loaded, sft.SFTRecipe):
+        raise ValueError(f"{recipe}: trainer 'vq'; what can be tokenized is the mixture of trainer 'sft'")
+    if out is None and (loaded.tokenized is None or loaded.tokenized.startswith(tokenize_dataset.HUB)):
+        raise ValueError(f"{recipe}: tokenized {loaded.tokenized!r} is no folder: name one as OUT")
+    tokenize_dataset.tokenize_recipe(loaded, out or loaded.tokenized)
 
 
 @app.command()

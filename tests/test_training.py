@@ -1,30 +1,40 @@
-"""Recipes: the loss is the model's, the context drop is drawn anew, and what comes out loads and draws."""
+"""Recipes: what a YAML file may say, runs that resume, folders that draw, and adapters that stay small."""
 
-import random
-from dataclasses import replace
+import json
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import Trainer
+import yaml
+from safetensors.torch import load_file
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training import train_vq
-from modeling_lumina_mgpt.training.mixture import Mixture, load_mixture
-from modeling_lumina_mgpt.training.sft import Collator, SFTRecipe, train
-from modeling_lumina_mgpt.training.tabletop import tabletop_records
-from modeling_lumina_mgpt.training.tasks import tabletop_conversation
+from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
+from modeling_lumina_mgpt.training.sft import SFTRecipe, load_recipe, lora_config, sft_config, train
+from modeling_lumina_mgpt.training.tasks import ADAPTERS
 
-TASKS = ("text-to-image", "caption", "vqa", "edit", "control", "depth", "normal", "segmentation")
+RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 SFT_VALUES = {
     "max_steps": 2,
     "per_device_train_batch_size": 2,
+    "learning_rate": 1e-2,
     "bf16": False,
+    "gradient_checkpointing": False,
     "report_to": "none",
     "logging_steps": 1,
     "save_steps": 1,
     "lr_scheduler_type": "constant",
+    "disable_tqdm": True,
 }
+
+
+def tabletop(num_records, *tasks):
+    """A mixture of scenes, as many for each task."""
+    sources = [{"path": "tabletop", "task": task, "num_records": num_records} for task in tasks]
+    return {"target_px": 64, "sources": sources}
 
 
 @pytest.fixture
@@ -36,57 +46,33 @@ def start(tmp_path, tiny_config, tiny_processor, tiny_vqvae):
     return str(tmp_path / "start")
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_every_task_is_a_question_and_an_answer(tiny_processor, task):
-    (record,) = tabletop_records([3], [(64, 32)])
-    turns, images = tabletop_conversation(task, record, tiny_processor, random.Random(0))
-    encoded = tiny_processor.encode_conversation(turns, images, target_px=64)
-    answer = [i for i in encoded["labels"] if i >= 0]
-    expected = ["text", "image"][tiny_processor.uni_rep.start_id in answer]
-    assert tiny_processor.tasks[task].answer == expected
-    assert answer[-1] == tiny_processor.uni_rep.end_of_turn_id
-    assert encoded["input_ids"][-len(answer) :] == answer
+@pytest.fixture
+def recipe(start, tmp_path):
+    """Makes recipes: `recipe("name", max_steps=3, lora={"r": 4})`."""
 
-
-def test_mixture_is_made_once_and_holds_what_was_asked(tiny_processor, tmp_path):
-    mixture = Mixture(target_px=64, num_scenes=70, tasks={"text-to-image": 1.0, "caption": 1.0})
-    made = load_mixture(mixture, tiny_processor, tmp_path / "data")
-    again = load_mixture(mixture, None, tmp_path / "data")
-    with pytest.raises(ValueError, match="another mixture"):
-        load_mixture(replace(mixture, num_scenes=71), None, tmp_path / "data")
-    assert len(made) == 70 and set(made["task"]) == {"text-to-image", "caption"}
-    assert made[69] == again[69]
-    with pytest.raises(ValueError, match="nonsense"):
-        tabletop_conversation("nonsense", {"image": None}, tiny_processor, random.Random(0))
-
-
-def test_context_drop_leaves_the_last_image_alone(tiny_processor):
-    uni_rep = tiny_processor.uni_rep
-    collator = Collator(1, uni_rep.start_id, uni_rep.end_id, context_drop=0.5)
-    image, other = torch.zeros(2, 2, dtype=torch.long), torch.ones(2, 2, dtype=torch.long)
-    record = tiny_processor.encode_conversation(["do <|image|>", "<|image|>"], [other, image])
-    caption = tiny_processor.encode_conversation(["say <|image|>", "a sphere"], [other])
-    seen = []
-    for collator.epoch in range(20):
-        seen.append(tuple(collator([record])["input_ids"][0].tolist()))
-        assert seen[-1] == tuple(collator([record])["input_ids"][0].tolist())
-        assert collator([caption])["input_ids"].shape[1] == len(caption["input_ids"])
-    assert set(seen) == {tuple(record["input_ids"]), tuple(uni_rep.encode(image).tolist())}
-
-
-def test_a_run_resumes_bit_for_bit_and_its_folder_draws(start, tmp_path):
-    def recipe(name, **values):
+    def make(name, mixture=None, **values):
+        sft = SFT_VALUES | {name: values.pop(name) for name in [*values] if name not in SFTRecipe.__dataclass_fields__}
+        mixture = mixture or tabletop(4, "text-to-image", "caption")
         return SFTRecipe(
-            output_dir=str(tmp_path / name),
-            model=start,
-            mixture={"target_px": 64, "num_scenes": 8},
-            sft={**SFT_VALUES, "learning_rate": 1e-2, "train_sampling_strategy": "group_by_length", **values},
-            generation={"guidance_scale": 2.0, "image_top_k": 7},
+            **{"output_dir": str(tmp_path / name), "mixture": mixture, "sft": sft, "model": start, **values}
         )
 
-    train(recipe("whole", max_steps=6))
-    train(recipe("halves", max_steps=5))  # the second epoch's first step
-    train(recipe("halves", max_steps=6))
+    return make
+
+
+def losses(made, name="loss"):
+    """What the last checkpoint of a recipe's run has logged."""
+    last = max((Path(made.output_dir) / "trainer").glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_a_run_resumes_bit_for_bit_and_its_folder_draws(recipe, tmp_path):
+    values = {"tokenized": str(tmp_path / "data"), "train_sampling_strategy": "group_by_length"}
+    values["generation"] = {"guidance_scale": 2.0, "image_top_k": 7}
+    train(recipe("whole", max_steps=6, **values))
+    train(recipe("halves", max_steps=5, **values))  # the second epoch's first step
+    train(recipe("halves", max_steps=6, **values))
     whole, halves = (LuminaMGPTPipeline.from_pretrained(tmp_path / name) for name in ("whole", "halves"))
     for name, weight in whole.transformer.state_dict().items():
         assert torch.equal(weight, halves.transformer.state_dict()[name]), name
@@ -97,22 +83,137 @@ def test_a_run_resumes_bit_for_bit_and_its_folder_draws(start, tmp_path):
     assert whole("a red sphere").images[0].size == (64, 64)
 
 
-def test_training_loss_is_the_models_with_its_z_loss(start, tmp_path, monkeypatch):
-    losses = []
+def test_images_and_what_was_tokenized_ahead_train_alike(recipe, tmp_path):
+    mixture = tabletop(3, *ADAPTERS)
+    straight = recipe("straight", mixture, max_steps=3, per_device_train_batch_size=15)
+    ahead = recipe("ahead", mixture, max_steps=3, per_device_train_batch_size=15, tokenized=str(tmp_path / "data"))
+    train(straight)
+    train(ahead)
+    assert losses(straight) == losses(ahead)
+    assert all(losses(straight, f"loss_{task}") == losses(ahead, f"loss_{task}") for task in ADAPTERS)
 
-    def compute(self, model, inputs, *args, **kwargs):
-        loss, outputs = original(self, model, inputs, *args, **kwargs)
-        counted = inputs["labels"][:, 1:] != -100
-        logits = outputs.logits[:, :-1][counted].float()
-        cross_entropy = torch.nn.functional.cross_entropy(logits, inputs["labels"][:, 1:][counted])
-        losses.append((loss.item(), (cross_entropy + 1e-5 * logits.logsumexp(-1).square().mean()).item()))
-        return loss, outputs
 
-    original = Trainer.compute_loss
-    monkeypatch.setattr(Trainer, "compute_loss", compute)
-    train(SFTRecipe(str(tmp_path / "run"), {"target_px": 64, "num_scenes": 4}, SFT_VALUES, model=start))
-    assert len(losses) == 2
-    assert all(ours == pytest.approx(expected, rel=1e-5) for ours, expected in losses)
+def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, start, tmp_path):
+    values = {"lora": {"r": 4, "lora_alpha": 8}, "max_steps": 4}
+    train(recipe("whole", **values))
+    train(recipe("halves", **{**values, "max_steps": 2}))
+    train(recipe("halves", **values))
+    found = load_file(tmp_path / "whole" / "adapter_model.safetensors")
+    assert all(
+        torch.equal(tensor, found[name])
+        for name, tensor in load_file(tmp_path / "halves" / "adapter_model.safetensors").items()
+    )
+    # q, k, v, o of 32 x 32; gate, up, down of 32 x 48; in two layers
+    assert sum(tensor.numel() for tensor in found.values()) == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
+    assert not [*(tmp_path / "whole").glob("*.bin")]
+    pipe = LuminaMGPTPipeline.from_pretrained(start)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return pipe("a cube", generator=torch.Generator().manual_seed(0), output_type="latent").images[0]
+
+    before = draw()
+    pipe.load_lora_weights(tmp_path / "whole")
+    adapted = draw()
+    pipe.unload_lora_weights()
+    assert not torch.equal(before, adapted) and torch.equal(before, draw())
+
+
+def test_evaluation_is_of_held_out_scenes_by_task(recipe, tmp_path):
+    held_out = {"target_px": 64, "sources": [{**tabletop(3, "depth")["sources"][0], "split": "validation"}]}
+    made = recipe("run", max_steps=2, evaluation=held_out, eval_strategy="steps", eval_steps=1)
+    train(made)
+    assert losses(made, "eval_loss") == pytest.approx(losses(made, "eval_loss_depth"), rel=1e-2)
+    assert len(losses(made, "eval_loss")) == 2
+
+
+def test_samples_are_drawn_while_training(recipe, tmp_path):
+    made = recipe("run", max_steps=2, samples={"steps": 1, "prompts": ["a cube", "a red cone"]})
+    undisturbed = recipe("undisturbed", max_steps=2)
+    train(made)
+    train(undisturbed)
+    assert len([*(tmp_path / "run" / "samples").glob("*.png")]) == 2
+    assert losses(made) == losses(undisturbed)
+
+
+def test_a_shape_like_anothers_with_new_weights(recipe, start, tmp_path):
+    made = recipe("new", model=None, from_scratch={"like": start, "config": {"num_hidden_layers": 1}}, max_steps=1)
+    train(made)
+    pipe = LuminaMGPTPipeline.from_pretrained(tmp_path / "new")
+    assert len(pipe.transformer.model.layers) == 1
+    assert (
+        pipe.processor.tokenizer.get_vocab()
+        == LuminaMGPTPipeline.from_pretrained(start).processor.tokenizer.get_vocab()
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("lora", "rate"), [(None, 2e-3), ({"r": 16, "lora_alpha": 32}, 4e-3)], ids=["full", "LoRA"])
+def test_one_picture_is_learned_by_heart(recipe, tmp_path, lora, rate):
+    mixture = tabletop(1, "text-to-image")
+    values = {"max_steps": 60, "save_steps": 60, "learning_rate": rate, "context_drop": 0.0, "warmup_steps": 4}
+    made = recipe("run", mixture, model=str(default_checkpoint()), lora=lora, **values)
+    train(made)
+    assert losses(made)[-1] < 0.1
+    pipe = LuminaMGPTPipeline.from_pretrained(made.model if lora else made.output_dir, dtype=torch.float32)
+    if lora:
+        pipe.load_lora_weights(made.output_dir)
+    reader = MixtureReader(Mixture(**mixture), pipe.processor, 512)
+    (record,) = reader.encode(list(reader.dataset))
+    question, learned = pipe.processor.split_ids(record["input_ids"])
+    size = {"height": 8 * learned.shape[0], "width": 8 * learned.shape[1]}
+    greedy = {"guidance_scale": 1.0, "image_top_k": 1, "output_type": "latent"}
+    assert torch.equal(pipe(question.split("prompt:\n")[1], **size, **greedy).images[0], learned)
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.rglob("*.yaml")), ids=lambda path: str(path.relative_to(RECIPES)))
+def test_recipes_can_be_read(path):
+    loaded = load_recipe(path)
+    if isinstance(loaded, SFTRecipe):
+        for mixture in filter(None, (loaded.mixture, loaded.evaluation)):
+            assert {source.task for source in Mixture(**mixture).sources} <= ADAPTERS.keys()
+        sft_config(loaded)
+        lora_config(loaded)
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"model": None}, "model None and from_scratch None: give one of them"),
+        ({"tokenized": "x", "random_crop": True}, "random_crop True"),
+        ({"pack_tokens": 512}, "name a folder in `tokenized`"),
+        ({"sft": {"train_sampling_strategy": "group_by_length"}}, "name a folder in `tokenized`"),
+        ({"quantization": {"load_in_4bit": True}}, "give `lora`"),
+        ({"samples": {"steps": 3}}, "accepted are `steps` and `prompts`"),
+        ({"nonsense": 1}, "nonsense.*accepted are output_dir, mixture"),
+        ({"trainer": "rl"}, "trainer 'rl'; accepted are 'sft' and 'vq'"),
+    ],
+)
+def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"output_dir": "x", "mixture": {}, "sft": {}, "model": "y", **values}))
+    with pytest.raises(ValueError, match=f"recipe.yaml: .*{says}"):
+        load_recipe(path)
+
+
+def test_a_recipe_says_what_differs_from_its_base(tmp_path):
+    (tmp_path / "base.yaml").write_text(
+        "output_dir: a\nmodel: m\nmixture: {target_px: 64}\nsft: {seed: 1, max_steps: 2}"
+    )
+    (tmp_path / "own.yaml").write_text("base: base.yaml\noutput_dir: b\nsft: {seed: 3}")
+    loaded = load_recipe(tmp_path / "own.yaml")
+    assert (loaded.output_dir, loaded.model, loaded.sft) == ("b", "m", {"seed": 3, "max_steps": 2})
+    (tmp_path / "base.yaml").write_text("base: own.yaml")
+    with pytest.raises(ValueError, match="leads back"):
+        load_recipe(tmp_path / "own.yaml")
+
+
+@pytest.mark.parametrize(("part", "says"), [("sft", "sft: .*nonsense"), ("lora", "lora: .*nonsense")])
+def test_values_that_are_none_of_a_librarys_are_an_error(recipe, part, says):
+    made = recipe("run")
+    setattr(made, part, {"nonsense": 1} | (SFT_VALUES if part == "sft" else {}))
+    with pytest.raises(ValueError, match=says):
+        train(made)
 
 
 def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):

@@ -10,6 +10,7 @@ of one byte a number (the CPU's: of the numbers' size); what its libraries take 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from accelerate import init_empty_weights
 from torch import nn
@@ -29,6 +30,18 @@ DEFAULT_RANK = 32
 BYTES_IN_4_BIT = 0.5 + 4 / 64  # and a float32 scale for every 64 weights
 STATE_BYTES = {"8bit": 2, "4bit": 1, "adafactor": 0, "sgd": 0}  # of optimizers that are not AdamW with its 8
 MAX_GPUS = 4096
+UNKNOWN_IDS: dict[str, Any] = {
+    **dict.fromkeys(("start_id", "end_id", "end_of_line_id", "end_of_turn_id"), 0),
+    "size_ids": [0] * MAX_SIZE_UNITS,
+    "code_id_ranges": [],
+}
+LARGE = {"hidden_size": 8192, "intermediate_size": 22016, "num_hidden_layers": 48, "num_attention_heads": 64}
+PUBLISHED: dict[str, tuple[dict[str, Any], int]] = {  # part of the name: shape, codes on each side of a size unit
+    "34b": ({**LARGE, "num_key_value_heads": 8, "swin_norm": True}, 2),
+    "mgpt-2": ({"vocab_size": 171_392, "max_position_embeddings": 10240}, 4),
+    "pure": ({"vocab_size": 73_728, "max_position_embeddings": 11776}, 4),
+    "mgpt": ({}, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -210,12 +223,28 @@ def run_of(recipe: SFTRecipe, num_gpus: int) -> Run:
 
 
 def _config(recipe: SFTRecipe) -> LuminaMGPTConfig:
+    """Of the model to start from, or of the published one that it is called after where there is none yet."""
     if recipe.model:
-        return LuminaMGPTConfig.from_pretrained(recipe.model)
-    shape = recipe.from_scratch
+        return _existing_config(recipe.model, recipe.config)
+    shape = recipe.from_scratch or {}
     if "like" in shape:
-        return LuminaMGPTConfig.from_pretrained(shape["like"], **shape.get("config", {}))
-    return LuminaMGPTConfig(vocab_size=shape["tokenizer"]["vocab_size"], **shape["config"])
+        return _existing_config(shape["like"], shape.get("config", {}))
+    units = {name: shape["processor"][name] for name in ("size_unit_px", "codes_per_size_unit")}
+    return LuminaMGPTConfig(
+        vocab_size=shape["tokenizer"]["vocab_size"], image_layout=UNKNOWN_IDS | units, **shape["config"]
+    )
+
+
+def _existing_config(model: str, values: dict[str, Any]) -> LuminaMGPTConfig:
+    try:
+        return LuminaMGPTConfig.from_pretrained(model, **values)
+    except OSError:
+        named = [(shape, codes) for name, (shape, codes) in PUBLISHED.items() if name in model.lower()]
+        if not named:
+            raise
+    shape, codes_per_size_unit = named[0]
+    layout = {**UNKNOWN_IDS, "size_unit_px": 32, "codes_per_size_unit": codes_per_size_unit}
+    return LuminaMGPTConfig(**{**shape, "image_layout": layout, **values})
 
 
 def _longest(recipe: SFTRecipe, config: LuminaMGPTConfig) -> int:
@@ -224,17 +253,10 @@ def _longest(recipe: SFTRecipe, config: LuminaMGPTConfig) -> int:
     tasks = {source["task"] for source in recipe.mixture["sources"]}
     if recipe.pack_tokens or tasks & OPEN_ENDED:
         return limit
-    layout = _layout(recipe, config)
+    layout = ImageLayout(**config.image_layout)
     sizes = layout.buckets(recipe.mixture["target_px"])
     picture = max(layout.num_tokens(*layout.grid(height, width)) for width, height in sizes)
     return min(limit, TEXT_TOKENS + picture * max(PICTURES.get(task, 2) for task in tasks))
-
-
-def _layout(recipe: SFTRecipe, config: LuminaMGPTConfig) -> ImageLayout:
-    if config.image_layout:
-        return ImageLayout(**config.image_layout)
-    units = recipe.from_scratch["processor"] if recipe.from_scratch else {"size_unit_px": 32, "codes_per_size_unit": 2}
-    return ImageLayout(0, 0, 0, 0, [0] * MAX_SIZE_UNITS, [], units["size_unit_px"], units["codes_per_size_unit"])
 
 
 def _described(run: Run) -> list[str]:

@@ -1,23 +1,27 @@
-"""Supervised fine-tuning with TRL: FP-SFT, Omni-SFT, or a model from scratch, by recipe (arXiv 2408.02657, 2.3).
+"""Supervised fine-tuning with TRL: FP-SFT, Omni-SFT, adapters, or a model from scratch (arXiv 2408.02657, 2.3).
 
     lumina-mgpt train training/recipes/tabletop/fp_sft_64.yaml
+    accelerate launch --config_file training/distributed/fsdp_8_gpus.yaml --no_python lumina-mgpt train RECIPE
 
-A recipe names the folder to start from (or the shape of a new model), a mixture and the values of TRL's `SFTConfig`.
-The result is a Hub folder that every loader reads. A run that was stopped continues from its last checkpoint.
+A recipe names the folder to start from (or the shape of a new model), a mixture of datasets and the values of TRL's
+`SFTConfig`. The result is a Hub folder that every loader reads, or an adapter for `pipe.load_lora_weights`. A run that
+was stopped, by whatever, continues from its last whole checkpoint when the same command is given again.
 """
 
-import random
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from datasets import Dataset
 from diffusers import VQModel
-from transformers import Trainer, TrainerCallback
-from transformers.trainer_pt_utils import LengthGroupedSampler
-from transformers.trainer_utils import get_last_checkpoint
-from trl import SFTConfig, SFTTrainer
+from diffusers.utils import make_image_grid
+from peft import LoraConfig
+from PIL import Image
+from transformers import BitsAndBytesConfig
+from trl import SFTConfig
 
 from modeling_lumina_mgpt import (
     LuminaMGPTConfig,
@@ -28,11 +32,17 @@ from modeling_lumina_mgpt import (
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
-from .mixture import Mixture, load_mixture
+from .merge import gather_model
+from .mixture import Mixture, MixtureReader
 from .tabletop import SEGMENT_COLORS, tabletop_texts
+from .tokenize_dataset import load_tokenized, tokenize
 from .train_tokenizer import build_tokenizer
+from .train_vq import VQRecipe
+from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, pack
 
-IGNORED_LABEL = -100
+# The paper's: attention and MLP of every layer.
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+HUB_DATASET = "hf://datasets/"
 
 
 @dataclass
@@ -41,15 +51,27 @@ class SFTRecipe:
 
     Attributes:
         output_dir: where the model goes; its training state is kept in `output_dir/trainer`.
-        mixture: the fields of `Mixture`.
+        mixture: the fields of `Mixture`: what is trained on.
         sft: values of `SFTConfig` (and of `TrainingArguments`).
         model: the Hub folder or repo to start from; None: a new model, shaped by `from_scratch`.
-        from_scratch: `vqvae` (folder), `tokenizer` (arguments of `build_tokenizer`), `processor` and `config` values.
+        from_scratch: `vqvae` (folder), `tokenizer` (arguments of `build_tokenizer`), `processor` and `config` values;
+            or `like` (a Hub folder or repo whose processor and shape it has) and `config` values that differ.
+        tokenized: folder of the mixture's records tokenized ahead, as `lumina-mgpt tokenize` makes it (made now, if it
+            is not there), or `hf://datasets/NAMESPACE/NAME`; None: train straight from images.
+        random_crop: crop pictures anew at each epoch; only straight from images.
+        pack_tokens: put records together in rows of so many tokens, which never see each other; only tokenized ahead.
         context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
+        evaluation: the fields of another `Mixture`, held out; its losses are logged as often as `sft` says.
+        judge_per_category: Tabletop sentences of each category that are drawn and judged at each evaluation.
+        lora: values of `peft.LoraConfig`: train an adapter alone. On attention and MLP unless `target_modules` differ.
+        quantization: values of `BitsAndBytesConfig` for the model under the adapter (QLoRA).
+        samples: `steps` and `prompts`: as often, draw these into `output_dir/samples` and what is reported to.
+        spike_factor, max_skipped_steps: as in `LuminaMGPTTrainer`.
+        config: values of the model's configuration that are other than in `model`, such as `residual_dropout`.
         generation: defaults written to `generation_config.json`.
 
     Raises:
-        ValueError: unless either `model` or `from_scratch` is given.
+        ValueError: unless either `model` or `from_scratch` is given, or for options that exclude each other.
     """
 
     output_dir: str
@@ -57,86 +79,93 @@ class SFTRecipe:
     sft: dict[str, Any]
     model: str | None = None
     from_scratch: dict[str, Any] | None = None
+    tokenized: str | None = None
+    random_crop: bool = False
+    pack_tokens: int | None = None
     context_drop: float = 0.1
+    evaluation: dict[str, Any] | None = None
+    judge_per_category: int = 0
+    lora: dict[str, Any] | None = None
+    quantization: dict[str, Any] | None = None
+    samples: dict[str, Any] | None = None
+    spike_factor: float = 3.0
+    max_skipped_steps: int = 10
+    config: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
         if bool(self.model) == bool(self.from_scratch):
             raise ValueError(f"model {self.model!r} and from_scratch {self.from_scratch!r}: give one of them")
+        if self.tokenized and self.random_crop:
+            raise ValueError(f"random_crop {self.random_crop}: what was tokenized ahead cannot be cropped anew")
+        grouped = self.sft.get("train_sampling_strategy") in ("group_by_length", "batch_rebalance")
+        if not self.tokenized and (self.pack_tokens or grouped):
+            raise ValueError("pack_tokens and grouping by length need lengths: name a folder in `tokenized`")
+        if self.quantization and self.lora is None:
+            raise ValueError(
+                f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
+            )
+        if self.samples is not None and set(self.samples) != {"steps", "prompts"}:
+            raise ValueError(f"samples {self.samples}: accepted are `steps` and `prompts`, both")
+
+    @property
+    def start(self) -> str:
+        """The Hub folder or repo that the run starts from; a new model's is kept, with its tokenizer and codes."""
+        return self.model or str(Path(self.output_dir) / "trainer" / "start")
+
+    def max_length(self, config: LuminaMGPTConfig) -> int:
+        """Tokens that a record may have."""
+        limits = self.mixture.get("max_length"), self.pack_tokens, config.max_position_embeddings
+        return min(limit for limit in limits if limit)
 
 
-class LuminaMGPTTrainer(SFTTrainer):
-    """TRL's trainer with the model's own loss, since TRL's fused head would leave the z-loss out.
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """A recipe's values; those of its `base`, a file named relative to it, hold where it says nothing.
 
-    Lengths are grouped at each epoch by the seed and the epoch alone: stock draws from the global generator, whose
-    state a resumed run does not have when it needs it.
+    Raises:
+        ValueError: if a file is no YAML mapping, or a base leads back to itself.
     """
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs["use_cache"] = False
-        loss, outputs = Trainer.compute_loss(self, model, inputs, True, num_items_in_batch)
-        if self.model.training:
-            # divided by the labels of the whole step, of which this batch has only its share
-            shares = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-            self._metrics["train"]["z_loss"].append(outputs.z_loss.item() * shares)
-        return (loss, outputs) if return_outputs else loss
-
-    def _get_train_sampler(self, train_dataset=None):
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = order = torch.Generator()
-            sampler.set_epoch = lambda epoch: order.manual_seed(self.args.seed + epoch)
-        return sampler
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds {type(values).__name__}: accepted are `name: value` lines")
+    base = values.pop("base", None)
+    if base is None:
+        return values
+    try:
+        return _merged(read_recipe(path.parent / base), values)
+    except RecursionError:
+        raise ValueError(f"{path}: base {base!r} leads back to it") from None
 
 
-@dataclass
-class Collator:
-    """Pads records on the right to one length, after dropping the context of some.
-
-    Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
-    from that picture's start on are left, without the final end-of-turn. Whether that happens depends on the record,
-    the epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
-    """
-
-    pad_id: int
-    image_start_id: int
-    image_end_id: int
-    context_drop: float = 0.0
-    seed: int = 0
-    epoch: int = 0
-
-    def __call__(self, records: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
-        """`input_ids`, `labels` and `attention_mask`, int64 (batch, length)."""
-        pairs = [self._drop(list(r["input_ids"]), list(r["labels"])) for r in records]
-        length = max(len(ids) for ids, _ in pairs)
-        pad = [length - len(ids) for ids, _ in pairs]
-        batch = {
-            "input_ids": [ids + [self.pad_id] * n for (ids, _), n in zip(pairs, pad, strict=True)],
-            "labels": [labels + [IGNORED_LABEL] * n for (_, labels), n in zip(pairs, pad, strict=True)],
-            "attention_mask": [[1] * len(ids) + [0] * n for (ids, _), n in zip(pairs, pad, strict=True)],
-        }
-        return {name: torch.tensor(rows) for name, rows in batch.items()}
-
-    def _drop(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        draw = random.Random(f"{self.seed}/{self.epoch}/{ids}").random()
-        if labels[-2] != self.image_end_id or draw >= self.context_drop:
-            return ids, labels
-        start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
-        return ids[start:-1], labels[start:-1]
+def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    both = {name for name in base.keys() & values.keys() if isinstance(base[name], dict) and values[name]}
+    return {**base, **values, **{name: _merged(base[name], values[name]) for name in both}}
 
 
-class EpochOfCollator(TrainerCallback):
-    """Tells the collator the epoch."""
-
-    def __init__(self, collator: Collator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = int(state.epoch or 0)
+def load_recipe(path: str | Path) -> "SFTRecipe | VQRecipe":
+    """The recipe in a YAML file, of the kind that its `trainer` says; ValueError that names the file otherwise."""
+    values = read_recipe(path)
+    trainer = values.pop("trainer", "sft")
+    if trainer not in ("sft", "vq"):
+        raise ValueError(f"{path}: trainer {trainer!r}; accepted are 'sft' and 'vq'")
+    kind: Any = SFTRecipe if trainer == "sft" else VQRecipe
+    try:
+        return kind(**values)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}; accepted are {', '.join(kind.__dataclass_fields__)}") from error
 
 
 def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
-    """An untrained model with a tokenizer of its own around a trained VQ model."""
+    """An untrained model: of another's shape and words, or with a tokenizer of its own around a trained VQ model."""
+    torch.manual_seed(0)
+    if "like" in shape:
+        config = LuminaMGPTConfig.from_pretrained(shape["like"], **shape.get("config", {}))
+        processor = LuminaMGPTProcessor.from_pretrained(shape["like"])
+        return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), processor.vqvae, processor)
     vqvae = VQModel.from_pretrained(shape["vqvae"])
     num_codes = vqvae.config["num_vq_embeddings"]
     sizes = [shape["processor"]["size_unit_px"] * (i + 1) for i in range(shape["tokenizer"]["num_sizes"])]
@@ -155,56 +184,158 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
         image_token_id=processor.image_token_id,
         **shape["config"],
     )
-    torch.manual_seed(0)
     return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), vqvae, processor)
 
 
 def train(recipe: SFTRecipe) -> None:
-    """Runs (or resumes) the recipe and saves the Hub folder in `output_dir`."""
-    # 1. The model; a new one is kept, for a resumed run to have the very same tokenizer and codes
-    output_dir = Path(recipe.output_dir)
-    start = recipe.model or output_dir / "trainer" / "start"
-    if recipe.from_scratch and not (Path(start) / "model_index.json").exists():
-        new_pipeline(recipe.from_scratch).save_pretrained(start)
-    pipe = LuminaMGPTPipeline.from_pretrained(start, dtype=torch.float32)
-    processor, model = pipe.processor, pipe.transformer
+    """Runs (or resumes) the recipe and saves the Hub folder, or the adapter, in `output_dir`.
+
+    Raises:
+        Diverged, Stopped: see `LuminaMGPTTrainer`.
+    """
+    # 1. The model
+    arguments = sft_config(recipe)
+    with arguments.main_process_first():
+        if not (Path(recipe.start) / "model_index.json").exists() and recipe.from_scratch:
+            new_pipeline(recipe.from_scratch).save_pretrained(recipe.start)
+    loading = _loading(recipe, arguments)
+    model = LuminaMGPTForConditionalGeneration.from_pretrained(recipe.start, **recipe.config, **loading)
+    pipe = LuminaMGPTPipeline.from_pretrained(recipe.start, transformer=model, dtype=torch.float32)
+    processor = pipe.processor
+    if arguments.dataloader_num_workers == 0:  # else loader processes encode pictures, and cannot share a device
+        pipe.vqvae.to(arguments.device)
 
     # 2. The data
-    arguments = SFTConfig(
-        output_dir=str(output_dir / "trainer"),
-        max_length=None,
-        dataset_kwargs={"skip_prepare_dataset": True},
-        loss_type="nll",  # TRL 1.12's default replaces the model's forward by one without the z-loss
-        **recipe.sft,
-    )
-    mixture, layout = Mixture(**recipe.mixture), processor.uni_rep
-    with arguments.main_process_first():
-        dataset = load_mixture(mixture, processor, output_dir / "data")
+    mixture = Mixture(**recipe.mixture)
+    max_length = recipe.max_length(model.config)
+    dataset, encode = _data(recipe, mixture, processor, max_length, arguments)
+    held_out = Mixture(**recipe.evaluation) if recipe.evaluation else None
+    evaluated = _evaluated(held_out, processor, max_length, arguments)
+    tasks = sorted({source.task for data in (mixture, held_out) if data for source in data.sources})
+    layout = processor.uni_rep
+    common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
+    common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed}
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
-    pad_id = model.config.pad_token_id
-    collator = Collator(pad_id, layout.start_id, layout.end_id, recipe.context_drop, arguments.seed)
     trainer = LuminaMGPTTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        data_collator=collator,
+        eval_dataset=evaluated,
+        data_collator=Collator(**common, context_drop=recipe.context_drop, encode=encode),
+        eval_collator=Collator(**common),
         processing_class=processor.tokenizer,
-        callbacks=[EpochOfCollator(collator)],
+        peft_config=lora_config(recipe),
+        spike_factor=recipe.spike_factor,
+        max_skipped_steps=recipe.max_skipped_steps,
+        extra_metrics=lambda: _judged(pipe, recipe.judge_per_category),
     )
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(arguments.output_dir))
+    _add_samples(trainer, pipe, recipe)
+    if trainer.is_world_process_zero():
+        (Path(arguments.output_dir) / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe)))
+    trainer.train()
 
-    # 4. The Hub folder
-    if not trainer.is_world_process_zero():
+    # 4. What is left of it
+    trained = gather_model(trainer)  # on all processes, but only the first has it
+    if trained is None:
         return
-    processor.target_px = config.default_height_px = config.default_width_px = mixture.target_px
+    if recipe.lora is not None:
+        trained.save_pretrained(recipe.output_dir)
+        return
+    trained.config, trained.generation_config = config, generation_config
+    pipe.register_modules(transformer=trained)
+    save_folder(pipe, recipe, recipe.output_dir)
+
+
+def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path) -> None:
+    """Writes the Hub folder of a recipe's trained weights; the pipeline is changed on the way."""
+    mixture, model, processor = Mixture(**recipe.mixture), pipe.transformer, pipe.processor
+    processor.target_px = model.config.default_height_px = model.config.default_width_px = mixture.target_px
     if processor.trained_tasks is not None:
-        processor.trained_tasks = sorted({*processor.trained_tasks, *mixture.tasks})
-    model.config, model.generation_config = config, generation_config
+        tasks = {source.task for source in mixture.sources} & TASKS.keys()
+        processor.trained_tasks = sorted({*processor.trained_tasks, *tasks})
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)
     model.generation_config._from_model_config = False  # else the loader keeps stock's names only
     model.bfloat16()
     pipe.vqvae.bfloat16()
-    pipe.save_pretrained(output_dir, max_shard_size="15MB")
+    pipe.save_pretrained(folder, max_shard_size="15MB")
+
+
+def sft_config(recipe: SFTRecipe) -> SFTConfig:
+    on_cpu = not torch.accelerator.is_available()  # where bf16 is refused unless it is asked for like this
+    try:
+        return SFTConfig(
+            output_dir=str(Path(recipe.output_dir) / "trainer"),
+            max_length=None,  # TRL would cut
+            dataset_kwargs={"skip_prepare_dataset": True},
+            remove_unused_columns=False,
+            prediction_loss_only=True,
+            loss_type="nll",  # TRL 1.12's default replaces the model's forward by one without the z-loss
+            **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu, **recipe.sft},
+        )
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"sft: {error}") from error
+
+
+def _loading(recipe: SFTRecipe, arguments: SFTConfig) -> dict[str, Any]:
+    """Float32 where all weights are trained; under an adapter they may be as coarse as the computation."""
+    if recipe.quantization is not None:
+        return {"quantization_config": BitsAndBytesConfig(**recipe.quantization), "dtype": torch.bfloat16}
+    return {"dtype": torch.bfloat16 if recipe.lora is not None and arguments.bf16 else torch.float32}
+
+
+def _data(recipe: SFTRecipe, mixture: Mixture, processor, max_length: int, arguments: SFTConfig):
+    """The dataset to train on, and what encodes its rows (None: they are)."""
+    if recipe.tokenized is None:
+        reader = MixtureReader(mixture, processor, max_length, recipe.random_crop)
+        return reader.dataset, reader.encode
+    if not recipe.tokenized.startswith(HUB_DATASET):
+        with arguments.main_process_first():
+            tokenize(mixture, processor, recipe.tokenized, max_length)
+    dataset = load_tokenized(mixture, processor, recipe.tokenized, max_length)
+    return (pack(dataset, recipe.pack_tokens) if recipe.pack_tokens else dataset), None
+
+
+def _evaluated(mixture: Mixture | None, processor, max_length: int, arguments: SFTConfig) -> Dataset | None:
+    """The held-out records, encoded once."""
+    if mixture is None:
+        return None
+    reader = MixtureReader(mixture, processor, max_length)
+    rows = list(reader.dataset)
+    chunks = [rows[i : i + 32] for i in range(0, len(rows), 32)]
+    return Dataset.from_list([record for chunk in chunks for record in reader.encode(chunk)])
+
+
+def lora_config(recipe: SFTRecipe) -> LoraConfig | None:
+    if recipe.lora is None:
+        return None
+    try:
+        return LoraConfig(**{"target_modules": LORA_TARGETS, "task_type": "CAUSAL_LM", **recipe.lora})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error
+
+
+def _add_samples(trainer: LuminaMGPTTrainer, pipe: LuminaMGPTPipeline, recipe: SFTRecipe) -> None:
+    if recipe.samples is None:
+        return
+    prompts, steps = recipe.samples["prompts"], recipe.samples["steps"]
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw() -> Image.Image:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
+        pipe.transformer.eval()
+        return make_image_grid(pipe(prompts, generator=generators).images, 1, len(prompts))
+
+    trainer.add_callback(SampleCallback(trainer, draw, steps, Path(recipe.output_dir) / "samples"))
+
+
+def _judged(pipe: LuminaMGPTPipeline, num_per_category: int) -> dict[str, float]:
+    """Shares of Tabletop sentences that were drawn right, by category."""
+    if not num_per_category:
+        return {}
+    from .evaluate import score
+
+    report, _ = score(pipe, num_per_category)
+    return {f"judge_{name}": value["rate"] for name, value in report["scores"].items()}
