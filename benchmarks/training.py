@@ -53,8 +53,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--num-steps", type=int, default=6, help="in a turn; the first is not timed")
     parser.add_argument("--num-turns", type=int, default=4)
-    sizes = {"metavar": ("VOCABULARY", "TOKENS", "HIDDEN"), "default": (65536, 4096, 1024)}
-    parser.add_argument("--loss-sizes", type=int, nargs=3, **sizes)
+    names = "VOCABULARY", "TOKENS", "HIDDEN"
+    parser.add_argument("--loss-sizes", type=int, nargs=3, metavar=names, default=(65536, 4096, 1024))
     args = parser.parse_args()
     print_losses(args)
     print_trainers(args)
@@ -226,7 +226,8 @@ class Clock(TrainerCallback):
     """When each step ended."""
 
     def __init__(self, device: str):
-        self.device, self.ends = device, []
+        self.device = device
+        self.ends: list[float] = []
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.device != "cpu":
