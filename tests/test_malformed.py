@@ -870,7 +870,7 @@ def test_a_broken_folder_is_a_plain_error_that_names_it(call, said, kit, tiny_fo
 @pytest.mark.parametrize(("command", "said"), all_of({"commands": COMMANDS}))
 def test_a_malformed_command_is_one_line_and_writes_nothing(command, said, kit, tmp_path, monkeypatch):
     load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda model: kit.pipe if model is None else load(model))
+    monkeypatch.setattr(cli, "_load", lambda model, lora=None: kit.pipe if model is None else load(model))
     before = listing(tmp_path)
     result = CliRunner().invoke(cli.app, command.split() if isinstance(command, str) else command)
     assert result.exit_code == 2 and not result.stdout, result.output

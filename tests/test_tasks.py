@@ -125,7 +125,7 @@ def test_a_task_is_one_call_away(pipes, picture, name, task, monkeypatch):
     assert len(again.messages) == 4
 
     # 3. The command line
-    monkeypatch.setattr(cli, "_load", lambda model: pipe)
+    monkeypatch.setattr(cli, "_load", lambda model, lora: pipe)
     command = COMMANDS.get(task, ["predict", task, "input.png"])
     result = CliRunner().invoke(cli.app, [*command, "--allow-untrained", "--seed", "0", "-o", "output.png"])
     assert result.exit_code == 0, result.stderr
