@@ -88,7 +88,7 @@ COLUMNS = {
     "panel": ("image", "caption", "depth", "pose", "reference", "subject"),
 }
 MANNEQUIN_SHARE = {"pose": 1.0, **dict.fromkeys(("depth", "normal", "segmentation", "control", "pair", "panel"), 0.3)}
-RENDERED_PX = 2**18  # in one batch: beyond, memory grows and nothing is faster
+RENDERED_PX = 2**17  # in one batch: beyond, memory grows and nothing is faster
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
 """Draws Tabletop's scenes by exact ray casting in torch, batch by batch: RGB, depth, normals, segmentation, boxes."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from PIL import Image
@@ -23,6 +24,7 @@ from .tabletop_scenes import (
     project,
 )
 
+Normals = Callable[[], torch.Tensor]  # shadows need none
 MAX_FLESH = 0.3  # table units from the surface to a joint, if no other limb is in between
 
 
@@ -170,9 +172,9 @@ def _intersect(scenes, origin, directions):
     distances[:, 0] = table
     normals = torch.zeros(batch, 5, rays, 3)
     normals[:, 0, :, 1] = 1.0
-    for rows, slots, t, n in _object_hits(scenes, origin.expand_as(directions), directions):
+    for rows, slots, t, find_normals in _object_hits(scenes, origin.expand_as(directions), directions):
         distances[rows, slots] = t
-        normals[rows, slots] = n
+        normals[rows, slots] = find_normals()
     distance, index = distances.min(1)
     normal = normals.gather(1, index[:, None, :, None].expand(-1, 1, -1, 3))[:, 0]
     return distance, normal, index
@@ -185,10 +187,8 @@ def _occluded(scenes, points, directions) -> torch.Tensor:
     return blocked
 
 
-def _object_hits(
-    scenes, origins, directions
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """For each shape: scene rows, object slots (from 1), distances `(objects, rays)` and world normals."""
+def _object_hits(scenes, origins, directions) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Normals]]:
+    """For each shape: scene rows, object slots (from 1), distances `(objects, rays)` and what finds world normals."""
     for shape, hit in _HITS.items():
         found = [
             (r, s + 1, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects) if o.shape == shape
@@ -201,12 +201,16 @@ def _object_hits(
         radius = torch.tensor([o.radius for _, _, o in found])[:, None]
         height = torch.tensor([o.height for _, _, o in found])[:, None]
         turn = torch.stack([_turn(o.yaw) for _, _, o in found])
-        t, normals = hit((origins[rows] - center) @ turn, directions[rows] @ turn, radius, height)
-        yield rows, slots, t, normals @ turn.mT
+        t, find_normals = hit((origins[rows] - center) @ turn, directions[rows] @ turn, radius, height)
+        yield rows, slots, t, partial(_turned_back, find_normals, turn)
     found = [(r, len(scene.objects) + 1, scene.mannequin) for r, scene in enumerate(scenes) if scene.mannequin]
     if found:
         rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
         yield rows, slots, *_hit_mannequins(origins[rows], directions[rows], [m for *_, m in found])
+
+
+def _turned_back(find_normals: Normals, turn: torch.Tensor) -> torch.Tensor:
+    return find_normals() @ turn.mT
 
 
 def _turn(yaw: float) -> torch.Tensor:
@@ -227,7 +231,7 @@ def _hit_sphere(o, d, radius, height):
     o = o - torch.stack([torch.zeros_like(radius), radius, torch.zeros_like(radius)], -1)
     t, _ = _first_root((d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - radius**2)
     t = t.masked_fill(t < 1e-3, torch.inf)
-    return t, _finite_normal(o + d * t[..., None], t)
+    return t, lambda: _finite_normal(o + d * t[..., None], t)
 
 
 def _hit_cube(o, d, radius, height):
@@ -239,8 +243,7 @@ def _hit_cube(o, d, radius, height):
     far = (-o * inverse + half * inverse.abs()).amin(-1)
     t, axis = near.max(-1)
     t = t.masked_fill((t > far) | (t < 1e-3), torch.inf)
-    normal = torch.zeros_like(d).scatter(-1, axis[..., None], -d.gather(-1, axis[..., None]).sign())
-    return t, normal
+    return t, lambda: torch.zeros_like(d).scatter(-1, axis[..., None], -d.gather(-1, axis[..., None]).sign())
 
 
 def _hit_cylinder(o, d, radius, height):
@@ -254,10 +257,13 @@ def _hit_cylinder(o, d, radius, height):
     on_lid = (o[..., 0] + lid * d[..., 0]) ** 2 + (o[..., 2] + lid * d[..., 2]) ** 2 < radius**2
     lid = lid.masked_fill((lid < 1e-3) | ~on_lid, torch.inf)
     t = torch.minimum(side, lid)
-    point = o + d * t[..., None]
-    around = _finite_normal(point * torch.tensor([1.0, 0.0, 1.0]), t)
-    up = torch.tensor([0.0, 1.0, 0.0]).expand_as(around)
-    return t, torch.where((lid < side)[..., None], up, around)
+
+    def find_normals() -> torch.Tensor:
+        around = _finite_normal((o + d * t[..., None]) * torch.tensor([1.0, 0.0, 1.0]), t)
+        up = torch.tensor([0.0, 1.0, 0.0]).expand_as(around)
+        return torch.where((lid < side)[..., None], up, around)
+
+    return t, find_normals
 
 
 def _hit_cone(o, d, radius, height):
@@ -272,9 +278,13 @@ def _hit_cone(o, d, radius, height):
     for t in _first_root(a, b, c):
         y = o[..., 1] + t * d[..., 1]
         best = torch.minimum(best, t.masked_fill((t < 1e-3) | (y < 0) | (y > height), torch.inf))
-    point = o + d * best[..., None]
-    normal = torch.stack([point[..., 0], k2 * (height - point[..., 1]), point[..., 2]], -1)
-    return best, _finite_normal(normal, best)
+
+    def find_normals() -> torch.Tensor:
+        point = o + d * best[..., None]
+        normal = torch.stack([point[..., 0], k2 * (height - point[..., 1]), point[..., 2]], -1)
+        return _finite_normal(normal, best)
+
+    return best, find_normals
 
 
 def _hit_mannequins(o, d, mannequins: Sequence[Mannequin]):
@@ -292,10 +302,14 @@ def _hit_mannequins(o, d, mannequins: Sequence[Mannequin]):
     distances = torch.full(forward.shape, torch.inf)
     distances[row, ray, part] = t
     nearest, first = distances.min(-1)
-    toward = torch.zeros_like(d)
-    is_first = (part == first[row, ray]) & torch.isfinite(t)
-    toward[row[is_first], ray[is_first]] = normals[is_first]
-    return nearest, toward
+
+    def find_normals() -> torch.Tensor:
+        found = torch.zeros_like(d)
+        is_first = (part == first[row, ray]) & torch.isfinite(t)
+        found[row[is_first], ray[is_first]] = normals[is_first]
+        return found
+
+    return nearest, find_normals
 
 
 def _hit_capsules(o, d, axis, radius):
