@@ -102,7 +102,7 @@ class LuminaMGPTConfig(PreTrainedConfig):
     """
 
     model_type = "lumina_mgpt"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "z_loss"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "z_loss", "cross_entropy", "z_losses"]
 
     vocab_size: int = 65536
     hidden_size: int = 4096
