@@ -64,8 +64,8 @@ __all__ = [
     "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SHAPES", "SIZES",
     "SPLITS", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource",
     "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase", "parse", "render",
-    "sample_plan", "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
-    "tabletop_records", "tabletop_texts", "to_image",
+    "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
+    "tabletop_texts", "to_image",
 ]  # fmt: skip
 
 MAPS = ("depth", "normal", "segmentation")
@@ -144,7 +144,7 @@ class TabletopSource:
         if not 0 <= index < self.num_records:
             raise IndexError(f"record {index} of {self.num_records}")
         rng = random.Random(f"{self.seed}/{self.split}/{self.task}/{index}")
-        return sample_plan(self.task, rng, rng.choice(self.sizes), self.split)
+        return _sample_plan(self.task, rng, rng.choice(self.sizes), self.split)
 
     def fetch(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         """Records, with pictures in PIL."""
@@ -170,7 +170,7 @@ class TabletopSource:
             yield {**plan.words, **{name: value for name, value in drawn.items() if value is not None}}
 
 
-def sample_plan(task: str, rng: random.Random, size: tuple[int, int], split: str) -> Plan:
+def _sample_plan(task: str, rng: random.Random, size: tuple[int, int], split: str) -> Plan:
     """A record's scenes and words, drawn until there is something to say of them in the split."""
     if task == "chat":
         return Plan(size, (), {"conversations": _messages(sample_dialogue(rng, split))})
@@ -267,48 +267,6 @@ DRAWN: dict[str, Callable[[Rendering, range, Plan], Any]] = {
     "pose": _pose_picture,
     "box": lambda r, rows, plan: r.boxes(rows[0])[plan.target],
 }
-
-
-def tabletop_records(
-    indices: Sequence[int], sizes: Sequence[tuple[int, int]], seed: int = 0, split: str = "train", maps: bool = True
-) -> Iterator[dict[str, Any]]:
-    """Scenes of any kind as pictures of every kind; record i depends on (seed, split, i) and `sizes` alone.
-
-    Yields:
-        "image" (PIL), "caption", "question", "answer", "instruction", "scene" (a `Scene`), and with `maps` the
-        pictures of `MAPS` and "edited".
-    """
-    step = 32
-    for start in range(0, len(indices), step):
-        yield from _render_records(indices[start : start + step], sizes, seed, split, maps)
-
-
-def _render_records(indices, sizes, seed, split, maps) -> list[dict[str, Any]]:
-    records: list[dict[str, Any]] = []
-    by_size: dict[tuple[int, int], list[dict]] = {}
-    for index in indices:
-        rng = random.Random(f"{seed}/{split}/{index}")
-        width_px, height_px = size = rng.choice(sizes)
-        plan = sample_plan("text-to-image", rng, size, split)
-        scene = plan.scenes[0]
-        record: dict[str, Any] = {"scene": scene, **plan.words}
-        record["question"], record["answer"] = sample_question(scene, "how many", rng) or ("", "")
-        edits = sample_edits(scene, rng, width_px, height_px, 1, split)
-        record["instruction"], edited = (edits[0].instruction, edits[0].scene) if edits else ("No edit.", scene)
-        record["edited_scene"] = edited
-        records.append(record)
-        by_size.setdefault(size, []).append(record)
-    for size, group in by_size.items():
-        rendering = render([r["scene"] for r in group], *size, maps)
-        changed = render([r["edited_scene"] for r in group], *size) if maps else None
-        for row, record in enumerate(group):
-            record["image"] = to_image(rendering.rgb[row])
-            if changed is not None:
-                record["depth"] = to_image(depth_image(rendering.depth[row]))
-                record["normal"] = to_image(normal_image(rendering.normals[row]))
-                record["segmentation"] = to_image(segmentation_image(rendering.segmentation[row], record["scene"]))
-                record["edited"] = to_image(changed.rgb[row])
-    return records
 
 
 def tabletop_texts(num_records: int = 250, seed: int = 0) -> list[str]:

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from scipy.cluster.hierarchy import fcluster, linkage
 
-from .tabletop import MAPS, tabletop_records
+from .tabletop import MAPS, TabletopSource
 
 
 @dataclass
@@ -123,7 +123,7 @@ def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
 
 
 def _render(indices: range, size_px: int, seed: int) -> np.ndarray:
-    records = tabletop_records(indices, [(size_px, size_px)], seed)
+    records = TabletopSource("control", [(size_px, size_px)], seed, "train", indices.stop).fetch(indices)
     return np.stack([[np.asarray(record[key]) for key in ("image", *MAPS)] for record in records])
 
 
@@ -267,7 +267,8 @@ def _resume(path: Path, model: VQModel, codebook: Codebook, optimizer) -> int:
 def evaluate(model: VQModel, recipe: VQRecipe, num_scenes: int = 200, size_px: int = 64) -> dict[str, float]:
     """PSNR (dB) and SSIM of each kind of picture of test scenes, and how many codes are in use."""
     device = model.device
-    records = list(tabletop_records(range(num_scenes), [(size_px, size_px)], recipe.seed, split="test"))
+    source = TabletopSource("control", [(size_px, size_px)], recipe.seed, "test", num_scenes)
+    records = source.fetch(range(num_scenes))
     scores: dict[str, float] = {}
     counts = torch.zeros(model.config["num_vq_embeddings"])
     for kind in ("image", *MAPS):
