@@ -24,19 +24,18 @@ from modeling_lumina_mgpt.training.trainer import Collator, LuminaMGPTTrainer
 GLOBAL_BATCH_SIZE = 4
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": "gaussian"}
 NUM_PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-FSDP = os.environ.get("ACCELERATE_USE_FSDP") == "true"
 
 
 def force_fsdp_on_cpu() -> None:
     """Without a GPU accelerate passes over FSDP, and makes it DDP."""
     stock = accelerate.state.AcceleratorState.__init__
+    if stock.__module__ == __name__:
+        return
 
     def init(self, *args, fsdp_plugin=None, **kwargs):
         stock(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
         if fsdp_plugin is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-            if self._mixed_precision != "no":
-                fsdp_plugin.set_mixed_precision(self._mixed_precision)
 
     accelerate.state.AcceleratorState.__init__ = init
 
@@ -49,8 +48,9 @@ def records(vocab_size: int) -> Dataset:
     return Dataset.from_list([{**row, "task": ("chat", "caption")[i % 2]} for i, row in enumerate(rows)])
 
 
-def run(start: str, out: Path, lora: bool, resume: Path | None, bf16: bool) -> None:
+def run(start: Path, out: Path, fsdp: bool = False, lora: bool = False, resume: Path | None = None) -> None:
     """Four steps, with checkpoints at the second and last; `out` gets the log and the gathered model."""
+    accelerate.state.AcceleratorState._reset_state()
     arguments = SFTConfig(
         output_dir=str(out / "trainer"),
         max_steps=4,
@@ -62,7 +62,7 @@ def run(start: str, out: Path, lora: bool, resume: Path | None, bf16: bool) -> N
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         loss_type="nll",
-        bf16=bf16,
+        bf16=False,
         use_cpu=True,
         logging_steps=1,
         report_to="none",
@@ -80,9 +80,9 @@ def run(start: str, out: Path, lora: bool, resume: Path | None, bf16: bool) -> N
     )
     trainer.train(resume_from_checkpoint=resume and str(resume))
     trained = [weight for weight in trainer.model.parameters() if weight.requires_grad]
-    assert all(isinstance(weight, DTensor) for weight in trained) == FSDP
+    assert all(isinstance(weight, DTensor) for weight in trained) == fsdp
     assert all(weight.dtype == torch.float32 for weight in trained)
-    if FSDP and NUM_PROCESSES > 1:
+    if fsdp:
         assert all(weight.to_local().numel() < weight.numel() for weight in trained if weight.dim() > 1)
     gathered = gather_model(trainer)
     assert (gathered is None) == (not trainer.is_world_process_zero())
@@ -93,16 +93,15 @@ def run(start: str, out: Path, lora: bool, resume: Path | None, bf16: bool) -> N
 
 
 def main() -> None:
-    start, out = sys.argv[1], Path(sys.argv[2])
-    if FSDP:
-        force_fsdp_on_cpu()
-    for name in sys.argv[3:]:
-        accelerate.state.AcceleratorState._reset_state()
-        resume = out / name.removeprefix("resumed-") / "trainer" / "checkpoint-2" if "resumed" in name else None
-        run(start, out / name, "lora" in name, resume, "bf16" in name)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    start, out, environment = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
+    for name in sys.argv[4:]:
+        if fsdp := name.startswith("fsdp"):
+            os.environ.update(environment)
+            force_fsdp_on_cpu()
+        resume = out / name.removesuffix("-resumed") / "trainer" / "checkpoint-2" if "resumed" in name else None
+        run(start, out / name, fsdp, "lora" in name, resume)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
-from distributed_worker import LORA
+from distributed_worker import LORA, run
 from safetensors.torch import load_file
 from transformers import AutoModelForMultimodalLM
 
@@ -62,16 +62,15 @@ def test_configurations_say_what_accelerate_reads(monkeypatch, name, options, ex
     assert not plugin.activation_checkpointing  # it would draw another dropout for backward
 
 
-def launch(num_processes: int, start: Path, out: Path, runs: list[str], **environment: str) -> None:
-    """Runs tests/distributed_worker.py; alone without torchrun."""
+def launch(num_processes: int, *arguments: str) -> None:
+    """Runs tests/distributed_worker.py."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", port]
-    worker = str(Path(__file__).with_name("distributed_worker.py"))
-    command = [sys.executable, *(torchrun if num_processes > 1 else []), worker, str(start), str(out), *runs]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    command = [sys.executable, *torchrun, str(Path(__file__).with_name("distributed_worker.py")), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -89,16 +88,17 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
     _, fsdp = launch_environment(monkeypatch, "fsdp_8_gpus.yaml")
     monkeypatch.undo()
     fsdp = {name: value for name, value in fsdp.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
-    launch(1, tiny_folder, tmp_path / "one", [*RUNS])
-    launch(2, tiny_folder, tmp_path / "ddp", [*RUNS])
-    resumed = [f"resumed-{name}" for name in RUNS]
-    launch(2, tiny_folder, tmp_path / "fsdp", [*RUNS, *resumed], **{**fsdp, "ACCELERATE_MIXED_PRECISION": "no"})
+    fsdp["ACCELERATE_MIXED_PRECISION"] = "no"
+    names = [f"{kind}-{run}" for kind in ("ddp", "fsdp") for run in RUNS] + [f"fsdp-{run}-resumed" for run in RUNS]
+    launch(2, str(tiny_folder), str(tmp_path), json.dumps(fsdp), *names)
+    for name in RUNS:
+        run(tiny_folder, tmp_path / f"one-{name}", lora=name == "lora")
 
     # 2. Losses and weights are equal
     for name in RUNS:
-        alone = tmp_path / "one" / name
+        alone = tmp_path / f"one-{name}"
         assert len(log_of(alone)) == 4
-        for other in (tmp_path / "ddp" / name, tmp_path / "fsdp" / name):
+        for other in (tmp_path / f"ddp-{name}", tmp_path / f"fsdp-{name}"):
             for ours, theirs in zip(log_of(alone), log_of(other), strict=True):
                 for key in ("loss", "z_loss", "loss_chat", "loss_caption", "grad_norm", "predicted_tokens"):
                     assert theirs[key] == pytest.approx(ours[key], abs=1e-5), (other, key)
@@ -108,24 +108,24 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
 
     # 3. What was resumed from shards is what was not stopped, to the bit
     for name in RUNS:
-        whole, halves = (weights_of(tmp_path / "fsdp" / run / "model") for run in (name, f"resumed-{name}"))
+        whole, halves = (weights_of(tmp_path / f"fsdp-{name}{end}" / "model") for end in ("", "-resumed"))
         assert all(torch.equal(halves[key], whole[key]) for key in whole)
 
     # 4. What FSDP leaves loads as any other: nothing of its classes is in the files
-    for file in (tmp_path / "fsdp").glob("*/model/*.json"):
+    for file in tmp_path.glob("fsdp-*/model/*.json"):
         assert "fsdp" not in file.read_text().replace(str(tmp_path), "").lower()
-    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "fsdp" / "full" / "model", trust_remote_code=True)
+    model = AutoModelForMultimodalLM.from_pretrained(tmp_path / "fsdp-full" / "model", trust_remote_code=True)
     assert type(model).__name__ == "LuminaMGPTForConditionalGeneration"
 
     # 5. Shards become Hub folders, and so does an adapter with its base
     recipe = {"output_dir": str(tmp_path), "model": str(tiny_folder), "sft": {}, "generation": {"image_top_k": 7}}
     recipe["mixture"] = {"target_px": 32, "sources": [{"task": "caption", "path": "nowhere"}]}
     for name, lora in zip(RUNS, (None, LORA), strict=True):
-        trainer = tmp_path / "fsdp" / name / "trainer"
+        trainer = tmp_path / f"fsdp-{name}" / "trainer"
         (trainer / "recipe.yaml").write_text(yaml.safe_dump({**recipe, "lora": lora}))
         merge(trainer / "checkpoint-4", tmp_path / f"merged-{name}")
-    merge(tmp_path / "fsdp" / "lora" / "model", tmp_path / "merged-adapter", str(tiny_folder))
-    full = weights_of(tmp_path / "fsdp" / "full" / "model")
+    merge(tmp_path / "fsdp-lora" / "model", tmp_path / "merged-adapter", str(tiny_folder))
+    full = weights_of(tmp_path / "fsdp-full" / "model")
     merged = LuminaMGPTPipeline.from_pretrained(tmp_path / "merged-full")
     assert merged.transformer.generation_config.image_top_k == 7 and merged.processor.target_px == 32
     assert all(torch.equal(merged.transformer.state_dict()[key], full[key].bfloat16()) for key in full)

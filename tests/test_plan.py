@@ -1,6 +1,8 @@
 """Planning: what it says a step needs is what live tensors take, and what it says to change makes a run fit."""
 
 import weakref
+from importlib.resources import files
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,11 +14,12 @@ from typer.testing import CliRunner
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training.plan import GIB, Run, Shape, changes, memory, plan, run_of, total_bytes
-from modeling_lumina_mgpt.training.sft import SFTRecipe
+from modeling_lumina_mgpt.training.sft import SFTRecipe, load_recipe
 
 NUM_PARAMETERS_7B = 7_013_666_816
 SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}
 RANK, LENGTH = 8, 128
+RECIPES = Path(str(files("modeling_lumina_mgpt.training"))) / "recipes"
 
 
 class LiveBytes(TorchDispatchMode):
@@ -118,6 +121,14 @@ def test_published_7b(recipe_7b):
     assert needed.weights == needed.gradients == 4 * NUM_PARAMETERS_7B / 8 == needed.optimizer / 2
     assert "fits" in plan(recipe_7b(sft={"per_device_train_batch_size": 4}), 8, 80)
     assert "does not fit" in plan(recipe_7b(sft={"per_device_train_batch_size": 1}), 1, 80)  # 16 bytes a weight
+
+
+@pytest.mark.parametrize(
+    "path", sorted(RECIPES.glob("[!t]*/*.yaml")), ids=lambda path: f"{path.parent.name}/{path.stem}"
+)
+def test_every_recipe_can_be_planned_before_its_model_is_there(path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert "at the peak" in plan(load_recipe(path), 8, 80)
 
 
 def test_longest_record_follows_the_tasks(recipe_7b):

@@ -241,7 +241,8 @@ def train(recipe: SFTRecipe) -> None:
     if trained is None:
         return
     if recipe.lora is not None:
-        trained.save_pretrained(recipe.output_dir)
+        pipe.register_modules(transformer=trained.get_base_model())
+        pipe.save_lora_weights(recipe.output_dir)
         return
     trained.config, trained.generation_config = config, generation_config
     pipe.register_modules(transformer=trained)
