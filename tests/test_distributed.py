@@ -89,8 +89,10 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
     monkeypatch.undo()
     fsdp = {name: value for name, value in fsdp.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
     fsdp["ACCELERATE_MIXED_PRECISION"] = "no"
-    names = [f"{kind}-{run}" for kind in ("ddp", "fsdp") for run in RUNS] + [f"fsdp-{run}-resumed" for run in RUNS]
-    launch(2, str(tiny_folder), str(tmp_path), json.dumps(fsdp), *names)
+    others = [
+        f"{kind}-{name}{end}" for kind, end in (("ddp", ""), ("fsdp", ""), ("fsdp", "-resumed")) for name in RUNS
+    ]
+    launch(2, str(tiny_folder), str(tmp_path), json.dumps(fsdp), *others)
     for name in RUNS:
         run(tiny_folder, tmp_path / f"one-{name}", lora=name == "lora")
 
