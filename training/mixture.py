@@ -161,7 +161,7 @@ class Records:
         self.source = source
         self.options = dict(source.options)
         try:
-            self.dataset: Any = self._tabletop(mixture, processor) if source.path == TABLETOP else _open(source)
+            self.dataset = self._tabletop(mixture, processor) if source.path == TABLETOP else _open(source)
             columns = self.dataset.column_names or list(next(iter(self.dataset)))
             check_columns(source.task, columns, source.columns, self.options)
         except Exception as error:  # each kind of place and file has errors of its own
@@ -173,7 +173,7 @@ class Records:
         if next(self.rows(0), None) is None:
             raise ValueError(f"{source} has no records")
 
-    def _tabletop(self, mixture: Mixture, processor) -> TabletopSource:
+    def _tabletop(self, mixture: Mixture, processor) -> Any:
         ratio = self.options.pop("max_aspect_ratio", 2.0)  # beyond 2, its four objects hardly have room
         sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= ratio * min(s)]
         return TabletopSource(self.source.task, sizes, mixture.seed, self.source.split, self.source.num_records or 0)
