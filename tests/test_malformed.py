@@ -762,7 +762,7 @@ COMMANDS = {
     "a picture for a model": ("generate a --model files/good.png", "good.png"),
     "an absent recipe": ("train absent.yaml", "absent.yaml"),
     "a picture for a recipe": ("train files/good.png", "good.png is not YAML"),
-    "an empty recipe": ("train files/empty.png", "empty.png: trainer None; accepted are 'vq' and 'sft'"),
+    "an empty recipe": ("train files/empty.png", "empty.png holds NoneType: accepted are `name: value` lines"),
     "no model to push": ("push files name/repo", "files has no model_index.json: not a model's folder"),
     "two folders to check": ("convert files out --check", "convert takes SOURCE and OUT, or --check"),
     "no sentences": ("evaluate --num-per-category 0", "(or equal to 1|x>=1)"),

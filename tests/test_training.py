@@ -186,7 +186,7 @@ def test_recipes_can_be_read(path):
         ({"quantization": {"load_in_4bit": True}}, "give `lora`"),
         ({"samples": {"steps": 3}}, "accepted are `steps` and `prompts`"),
         ({"nonsense": 1}, "nonsense.*accepted are output_dir, mixture"),
-        ({"trainer": "rl"}, "trainer 'rl'; accepted are 'sft' and 'vq'"),
+        ({"trainer": "rl"}, "trainer 'rl'; accepted are 'vq' and 'sft'"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):

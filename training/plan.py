@@ -180,7 +180,8 @@ def _layer_bytes(run: Run) -> float:
     """What one layer's operations keep of each token; inputs that several share once."""
     config, c, all_trained = run.shape.config, run.compute_bytes, run.rank is None
     hidden, wide = config.hidden_size, config.intermediate_size
-    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    heads = config.num_attention_heads
+    kv_heads = config.num_key_value_heads or heads
     kv = hidden // heads * kv_heads
 
     def reads(*names: str) -> bool:  # what is trained reads its input again, for its own gradient
@@ -253,6 +254,8 @@ def _longest(recipe: SFTRecipe, config: LuminaMGPTConfig) -> int:
     tasks = {source["task"] for source in recipe.mixture["sources"]}
     if recipe.pack_tokens or tasks & OPEN_ENDED:
         return limit
+    if config.image_layout is None:
+        raise ValueError(f"{recipe.start}: its configuration has no image_layout; `lumina-mgpt convert` gives it one")
     layout = ImageLayout(**config.image_layout)
     sizes = layout.buckets(recipe.mixture["target_px"])
     picture = max(layout.num_tokens(*layout.grid(height, width)) for width, height in sizes)

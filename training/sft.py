@@ -151,7 +151,7 @@ def load_recipe(path: str | Path) -> "SFTRecipe | VQRecipe":
     values = read_recipe(path)
     trainer = values.pop("trainer", "sft")
     if trainer not in ("sft", "vq"):
-        raise ValueError(f"{path}: trainer {trainer!r}; accepted are 'sft' and 'vq'")
+        raise ValueError(f"{path}: trainer {trainer!r}; accepted are 'vq' and 'sft'")
     kind: Any = SFTRecipe if trainer == "sft" else VQRecipe
     try:
         return kind(**values)
