@@ -48,7 +48,9 @@ def records(vocab_size: int) -> Dataset:
     return Dataset.from_list([{**row, "task": ("chat", "caption")[i % 2]} for i, row in enumerate(rows)])
 
 
-def run(start: Path, out: Path, fsdp: bool = False, lora: bool = False, resume: Path | None = None) -> None:
+def run(
+    start: Path, out: Path, fsdp: bool = False, lora: bool = False, resume: Path | None = None, bf16: bool = False
+) -> None:
     """Four steps, with checkpoints at the second and last; `out` gets the log and the gathered model."""
     accelerate.state.AcceleratorState._reset_state()
     arguments = SFTConfig(
@@ -62,7 +64,7 @@ def run(start: Path, out: Path, fsdp: bool = False, lora: bool = False, resume: 
         dataset_kwargs={"skip_prepare_dataset": True},
         remove_unused_columns=False,
         loss_type="nll",
-        bf16=False,
+        bf16=bf16,
         use_cpu=True,
         logging_steps=1,
         report_to="none",
@@ -83,6 +85,9 @@ def run(start: Path, out: Path, fsdp: bool = False, lora: bool = False, resume: 
     assert all(isinstance(weight, DTensor) for weight in trained) == fsdp
     assert all(weight.dtype == torch.float32 for weight in trained)
     if fsdp:
+        policy = trainer.model._get_fsdp_state()._mp_policy
+        assert bf16 == (policy.param_dtype == torch.bfloat16) and policy.output_dtype is None
+        assert not bf16 or policy.reduce_dtype == torch.float32
         assert all(weight.to_local().numel() < weight.numel() for weight in trained if weight.dim() > 1)
     gathered = gather_model(trainer)
     assert (gathered is None) == (not trainer.is_world_process_zero())
@@ -96,10 +101,10 @@ def main() -> None:
     start, out, environment = Path(sys.argv[1]), Path(sys.argv[2]), json.loads(sys.argv[3])
     for name in sys.argv[4:]:
         if fsdp := name.startswith("fsdp"):
-            os.environ.update(environment)
+            os.environ.update({**environment, "ACCELERATE_MIXED_PRECISION": ("no", "bf16")["bf16" in name]})
             force_fsdp_on_cpu()
         resume = out / name.removesuffix("-resumed") / "trainer" / "checkpoint-2" if "resumed" in name else None
-        run(start, out / name, fsdp, "lora" in name, resume)
+        run(start, out / name, fsdp, "lora" in name, resume, "bf16" in name)
     dist.barrier()
     dist.destroy_process_group()
 

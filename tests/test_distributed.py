@@ -88,11 +88,10 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
     _, fsdp = launch_environment(monkeypatch, "fsdp_8_gpus.yaml")
     monkeypatch.undo()
     fsdp = {name: value for name, value in fsdp.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
-    fsdp["ACCELERATE_MIXED_PRECISION"] = "no"
     others = [
         f"{kind}-{name}{end}" for kind, end in (("ddp", ""), ("fsdp", ""), ("fsdp", "-resumed")) for name in RUNS
     ]
-    launch(2, str(tiny_folder), str(tmp_path), json.dumps(fsdp), *others)
+    launch(2, str(tiny_folder), str(tmp_path), json.dumps(fsdp), *others, "fsdp-full-bf16")
     for name in RUNS:
         run(tiny_folder, tmp_path / f"one-{name}", lora=name == "lora")
 
@@ -107,6 +106,9 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
             expected, found = weights_of(alone / "model"), weights_of(other / "model")
             assert expected.keys() == found.keys()
             assert all(torch.allclose(found[key], expected[key], atol=1e-4) for key in expected)
+
+    for ours, theirs in zip(log_of(tmp_path / "one-full"), log_of(tmp_path / "fsdp-full-bf16"), strict=True):
+        assert theirs["loss"] == pytest.approx(ours["loss"], rel=1e-2)
 
     # 3. What was resumed from shards is what was not stopped, to the bit
     for name in RUNS:

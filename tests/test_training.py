@@ -1,11 +1,15 @@
 """Recipes: what a YAML file may say, runs that resume, folders that draw, and adapters that stay small."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
@@ -91,6 +95,22 @@ def test_images_and_what_was_tokenized_ahead_train_alike(recipe, tmp_path):
     train(ahead)
     assert losses(straight) == losses(ahead)
     assert all(losses(straight, f"loss_{task}") == losses(ahead, f"loss_{task}") for task in ADAPTERS)
+
+
+def test_a_stream_resumes_bit_for_bit(recipe, tmp_path):
+    pictures = [Image.new("RGB", (64, 64), (20 * i, 90, 255 - 20 * i)) for i in range(12)]
+    records = Dataset.from_dict({"image": pictures, "caption": [f"picture {i}" for i in range(12)]})
+    records.cast_column("image", ImageFeature()).to_parquet(tmp_path / "records.parquet")
+    source = {"path": str(tmp_path / "records.parquet"), "task": "text-to-image", "streaming": True}
+    mixture = {"target_px": 64, "sources": [source]}
+    train(recipe("whole", mixture, max_steps=8, save_total_limit=8))
+    shutil.copytree(tmp_path / "whole" / "trainer", tmp_path / "halves" / "trainer")
+    for step in (6, 7, 8):
+        shutil.rmtree(tmp_path / "halves" / "trainer" / f"checkpoint-{step}")
+    train(recipe("halves", mixture, max_steps=8))
+    assert losses(recipe("whole")) == losses(recipe("halves"))
+    whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
+    assert all(torch.equal(weight, halves[name]) for name, weight in whole.items())
 
 
 def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, start, tmp_path):

@@ -43,6 +43,7 @@ from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, pack
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 HUB_DATASET = "hf://datasets/"
+SHUFFLED = 1000  # records of a stream, still as bytes, from which the next one is drawn
 
 
 @dataclass
@@ -187,6 +188,16 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), vqvae, processor)
 
 
+def make_start(recipe: SFTRecipe) -> str:
+    """Where the run starts from; of a run from scratch it is made, all at once, if it is not there."""
+    start = Path(recipe.start)
+    if recipe.from_scratch and not start.exists():
+        part = start.with_name(f"{start.name}.part")
+        new_pipeline(recipe.from_scratch).save_pretrained(part)
+        part.rename(start)
+    return recipe.start
+
+
 def train(recipe: SFTRecipe) -> None:
     """Runs (or resumes) the recipe and saves the Hub folder, or the adapter, in `output_dir`.
 
@@ -196,11 +207,9 @@ def train(recipe: SFTRecipe) -> None:
     # 1. The model
     arguments = sft_config(recipe)
     with arguments.main_process_first():
-        if not (Path(recipe.start) / "model_index.json").exists() and recipe.from_scratch:
-            new_pipeline(recipe.from_scratch).save_pretrained(recipe.start)
-    loading = _loading(recipe, arguments)
-    model = LuminaMGPTForConditionalGeneration.from_pretrained(recipe.start, **recipe.config, **loading)
-    pipe = LuminaMGPTPipeline.from_pretrained(recipe.start, transformer=model, dtype=torch.float32)
+        start = make_start(recipe)
+    model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
+    pipe = LuminaMGPTPipeline.from_pretrained(start, transformer=model, dtype=torch.float32)
     processor = pipe.processor
     if arguments.dataloader_num_workers == 0:  # else loader processes encode pictures, and cannot share a device
         pipe.vqvae.to(arguments.device)
@@ -237,7 +246,7 @@ def train(recipe: SFTRecipe) -> None:
     trainer.train()
 
     # 4. What is left of it
-    trained = gather_model(trainer)  # on all processes, but only the first has it
+    trained: Any = gather_model(trainer)  # on all processes, but only the first has it
     if trained is None:
         return
     if recipe.lora is not None:
@@ -266,6 +275,8 @@ def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path)
 
 def sft_config(recipe: SFTRecipe) -> SFTConfig:
     on_cpu = not torch.accelerator.is_available()  # where bf16 is refused unless it is asked for like this
+    own: dict[str, Any] = {"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu}
+    own["accelerator_config"] = {"dispatch_batches": False}  # a stream's batches differ in length between processes
     try:
         return SFTConfig(
             output_dir=str(Path(recipe.output_dir) / "trainer"),
@@ -274,7 +285,7 @@ def sft_config(recipe: SFTRecipe) -> SFTConfig:
             remove_unused_columns=False,
             prediction_loss_only=True,
             loss_type="nll",  # TRL 1.12's default replaces the model's forward by one without the z-loss
-            **{"use_cpu": on_cpu, "dataloader_pin_memory": not on_cpu, **recipe.sft},
+            **{**own, **recipe.sft},
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"sft: {error}") from error
@@ -291,7 +302,8 @@ def _data(recipe: SFTRecipe, mixture: Mixture, processor, max_length: int, argum
     """The dataset to train on, and what encodes its rows (None: they are)."""
     if recipe.tokenized is None:
         reader = MixtureReader(mixture, processor, max_length, recipe.random_crop)
-        return reader.dataset, reader.encode
+        shuffled = reader.dataset.shuffle(seed=arguments.seed, buffer_size=SHUFFLED) if mixture.streams else None
+        return shuffled or reader.dataset, reader.encode
     if not recipe.tokenized.startswith(HUB_DATASET):
         with arguments.main_process_first():
             tokenize(mixture, processor, recipe.tokenized, max_length)
@@ -326,7 +338,7 @@ def _add_samples(trainer: LuminaMGPTTrainer, pipe: LuminaMGPTPipeline, recipe: S
 
     def draw() -> Image.Image:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        pipe.transformer.eval()
+        trainer.model.eval()
         return make_image_grid(pipe(prompts, generator=generators).images, 1, len(prompts))
 
     trainer.add_callback(SampleCallback(trainer, draw, steps, Path(recipe.output_dir) / "samples"))

@@ -118,29 +118,18 @@ def tokenize_recipe(recipe, folder: str | Path) -> None:
 
     Which process it is, RANK, WORLD_SIZE and LOCAL_RANK say, as torchrun and `accelerate launch` set them.
     """
+    from .sft import make_start  # which imports this file
+
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
-    start = _start(recipe, rank)
+    while rank and recipe.from_scratch and not Path(recipe.start).exists():
+        time.sleep(1)  # the first process makes it
+    start = make_start(recipe)
     processor = LuminaMGPTProcessor.from_pretrained(start)
     if device := torch.accelerator.current_accelerator(check_available=True):
         processor.vqvae.to(torch.device(device.type, local_rank))
     max_length = recipe.max_length(LuminaMGPTConfig.from_pretrained(start))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     tokenize(Mixture(**recipe.mixture), processor, folder, max_length, rank, world_size)
-
-
-def _start(recipe, rank: int) -> str:
-    """Where the model is; a new one is made by the first process, and the others wait for it."""
-    from .sft import new_pipeline
-
-    start = Path(recipe.start)
-    while recipe.from_scratch and not start.exists():
-        if rank:
-            time.sleep(1)
-            continue
-        part = start.with_name(f"{start.name}.part")
-        new_pipeline(recipe.from_scratch).save_pretrained(part)
-        part.rename(start)
-    return recipe.start
 
 
 def load_tokenized(mixture: Mixture, processor, folder: str | Path, max_length: int) -> Dataset:

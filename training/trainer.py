@@ -24,6 +24,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -178,6 +179,9 @@ class LuminaMGPTTrainer(SFTTrainer):
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if self.is_fsdp_enabled and self.args.bf16:  # accelerate's own would also add up gradients in bfloat16
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.eval_collator = eval_collator or self.data_collator
         self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
         self.extra_metrics = extra_metrics
