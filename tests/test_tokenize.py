@@ -141,6 +141,23 @@ def test_a_killed_run_goes_on_where_it_was(tiny_processor, saved, tmp_path, num_
     assert all(path.stat().st_mtime_ns == time_ns for path, time_ns in made.items())
 
 
+@pytest.mark.parametrize("name", ["README.md", "mixture.json"])
+def test_a_kill_before_the_first_shard_is_no_other_folder(tiny_processor, saved, tmp_path, monkeypatch, name):
+    mixed, out, write = mixture(saved), tmp_path / "out", tokenize_dataset._write
+
+    def killed(path, content):
+        if path.name == name:
+            raise KeyboardInterrupt
+        write(path, content)
+
+    monkeypatch.setattr(tokenize_dataset, "_write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
+    monkeypatch.setattr(tokenize_dataset, "_write", write)
+    tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
+    assert len(load_tokenized(mixed, tiny_processor, out, MAX_LENGTH)) == 30
+
+
 def test_skipped_records_are_listed_and_too_many_are_an_error(tiny_processor, saved, tmp_path):
     def mixture(max_skipped):
         return Mixture(64, [{"task": "text-to-image", "path": saved}], max_skipped=max_skipped)
@@ -193,6 +210,7 @@ def test_another_mixture_or_model_is_refused_but_other_weights_are_not(tiny_proc
 def test_the_command_tokenizes_a_recipe(tiny_folder, tiny_processor, saved, tmp_path, monkeypatch, ranks):
     recipe = {"model": str(tiny_folder), "output_dir": str(tmp_path), "tokenized": str(tmp_path / "ids"), "sft": {}}
     recipe["mixture"] = {"target_px": 64, "sources": [{"task": "caption", "path": saved}]}
+    recipe["config"] = {"max_position_embeddings": MAX_LENGTH}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     monkeypatch.setenv("WORLD_SIZE", str(ranks))
     for rank in range(ranks):
@@ -200,6 +218,7 @@ def test_the_command_tokenizes_a_recipe(tiny_folder, tiny_processor, saved, tmp_
         result = CliRunner().invoke(app, ["tokenize", str(tmp_path / "recipe.yaml")])
         assert result.exit_code == 0, result.output
     assert len(load_tokenized(Mixture(**recipe["mixture"]), tiny_processor, tmp_path / "ids", MAX_LENGTH)) == 22
+    assert json.loads((tmp_path / "ids" / "mixture.json").read_text())["max_length"] == MAX_LENGTH
     (tmp_path / "recipe.yaml").write_text(json.dumps({**recipe, "tokenized": None}))
     result = CliRunner().invoke(app, ["tokenize", str(tmp_path / "recipe.yaml")])
     assert result.exit_code == 2 and "name one as OUT" in result.output

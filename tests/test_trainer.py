@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from datasets import Dataset
+from PIL import Image
 from torch.nn import functional as F
 from trl import SFTConfig
 
@@ -289,9 +290,6 @@ def test_evaluation_counts_tokens_and_drops_no_context(make_trainer, records):
 
 
 def test_samples_become_files_and_reported_pictures(make_trainer, tmp_path):
-    from PIL import Image
-
-    pytest.importorskip("tensorboard")
     trainer = make_trainer(max_steps=4, report_to="tensorboard")
     sheet = Image.new("RGB", (32, 16), "red")
     trainer.add_callback(SampleCallback(trainer, lambda: sheet, 2, tmp_path / "samples"))

@@ -127,7 +127,7 @@ def tokenize_recipe(recipe, folder: str | Path) -> None:
     processor = LuminaMGPTProcessor.from_pretrained(start)
     if device := torch.accelerator.current_accelerator(check_available=True):
         processor.vqvae.to(torch.device(device.type, local_rank))
-    max_length = recipe.max_length(LuminaMGPTConfig.from_pretrained(start))
+    max_length = recipe.max_length(LuminaMGPTConfig.from_pretrained(start, **recipe.config))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
     tokenize(Mixture(**recipe.mixture), processor, folder, max_length, rank, world_size)
 
@@ -204,8 +204,9 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
         if folder.exists() and any(folder.glob("[!.]*")) and not (folder / "README.md").exists():
             raise ValueError(f"{folder} holds something else: tokenizing needs a folder of its own")
         sources = manifest["mixture"]["sources"]
-        (folder / "data").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         _write(folder / "README.md", (CARD + "".join(f"| {s['path']} | {s['task']} |\n" for s in sources)).encode())
+        (folder / "data").mkdir(exist_ok=True)  # after the card, by which the folder is known as such
         _write(folder / "mixture.json", json.dumps(manifest, indent=2).encode())
     _check(folder, manifest)
 
