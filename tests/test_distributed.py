@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
@@ -21,7 +22,7 @@ from transformers import AutoModelForMultimodalLM
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-from modeling_lumina_mgpt.training.merge import merge, read_shards
+from modeling_lumina_mgpt.training.merge import SHARDS, merge, read_shards
 
 CONFIGURATIONS = files("modeling_lumina_mgpt.training") / "distributed"
 RUNS = ("full", "lora")
@@ -136,6 +137,18 @@ def test_many_processes_train_what_one_does(monkeypatch, tiny_folder, tmp_path):
     of_shards, of_adapter = (weights_of(tmp_path / f"merged-{name}") for name in ("lora", "adapter"))
     assert all(torch.equal(of_shards[key], of_adapter[key]) for key in of_shards)
     assert not torch.equal(of_shards["model.layers.0.mlp.up_proj.weight"], full["model.layers.0.mlp.up_proj.weight"])
+
+
+def test_a_merged_model_has_the_configuration_of_its_recipe(tiny_pipe, tiny_folder, tmp_path):
+    trainer = tmp_path / "trainer"
+    shards = trainer / "checkpoint-1" / SHARDS
+    dcp.save({"model": tiny_pipe.transformer.state_dict()}, checkpoint_id=shards, no_dist=True)
+    mixture = {"target_px": 32, "sources": [{"task": "caption", "path": "nowhere"}]}
+    recipe = {"output_dir": str(tmp_path), "model": str(tiny_folder), "sft": {}, "mixture": mixture}
+    recipe["config"] = {"max_position_embeddings": 1024}
+    (trainer / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    merge(trainer / "checkpoint-1", tmp_path / "merged")
+    assert LuminaMGPTPipeline.from_pretrained(tmp_path / "merged").transformer.config.max_position_embeddings == 1024
 
 
 def test_metadata_of_shards_cannot_run_code(tmp_path):

@@ -8,7 +8,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
 from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
-from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
+from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader, read_mixture
 
 FEATURES = Features({"image": Image(), "caption": Value("string")})
 
@@ -181,6 +181,22 @@ def test_wrong_sources_are_named(tiny_processor, places):
 def test_wrong_mixtures_are_errors(sources, named):
     with pytest.raises(ValueError, match=named):
         Mixture(64, sources)
+
+
+@pytest.mark.parametrize("values", [{"target_px": 64, "sourcs": []}, {"sources": [source("a")]}, 3])
+def test_fields_that_a_mixture_has_not_are_errors(values):
+    with pytest.raises(ValueError, match=r"evaluation: .*accepted are target_px, sources"):
+        read_mixture(values, "evaluation")
+
+
+def test_a_stream_goes_round_in_the_order_of_its_passes(tiny_processor, places):
+    own = reader(tiny_processor, source(places / "saved", streaming=True), random_crop=True)
+    rows = list(own.passes().take(19))
+    assert order(rows) == [(0, i % 8) for i in range(19)]
+    assert [row["epoch"] for row in rows] == [i // 8 for i in range(19)]
+    first, third = own.encode([rows[0], rows[16]])
+    assert (first.pop("epoch"), third.pop("epoch")) == (0, 2)
+    assert [first] == own.encode([row for row in own.dataset.take(1)])
 
 
 def test_tabletop_is_a_source(tiny_processor):

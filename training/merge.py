@@ -52,7 +52,7 @@ def merge(source: str | Path, out: str | Path, model: str | None = None) -> None
     if not (source / SHARDS / ".metadata").is_file():
         raise ValueError(f"{source}: accepted are a checkpoint with {SHARDS}/ and a folder with adapter_config.json")
     recipe = SFTRecipe(**yaml.safe_load((source.parent / "recipe.yaml").read_text()))
-    pipe = _load(source, model or recipe.start)
+    pipe = _load(source, model or recipe.start, recipe.config)
     pipe.register_modules(transformer=_with_weights(pipe.transformer, read_shards(source / SHARDS), recipe))
     save_folder(pipe, recipe, out)
 
@@ -130,7 +130,9 @@ def _with_weights(model: nn.Module, state: dict[str, Tensor], recipe) -> nn.Modu
     return adapted.merge_and_unload()
 
 
-def _load(source: Path, start: str | None) -> LuminaMGPTPipeline:
+def _load(source: Path, start: str | None, config: dict[str, Any] | None = None) -> LuminaMGPTPipeline:
+    """What a run started from, its configuration changed as the run's was."""
     if start is None:
         raise ValueError(f"{source}: nothing says what its run started from; name that model")
-    return LuminaMGPTPipeline.from_pretrained(start, dtype=torch.float32)
+    model = LuminaMGPTForConditionalGeneration.from_pretrained(start, dtype=torch.float32, **(config or {}))
+    return LuminaMGPTPipeline.from_pretrained(start, transformer=model, dtype=torch.float32)

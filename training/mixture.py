@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,20 @@ class Mixture:
         )
 
 
+def read_mixture(values: Any, name: str = "mixture") -> Mixture:
+    """The mixture of a recipe's `name`; ValueError for fields that it has not."""
+    return _made(Mixture, name, values)
+
+
 def _source(values: Any) -> Source:
+    return values if isinstance(values, Source) else _made(Source, f"source {values!r}", values)
+
+
+def _made(kind: Any, name: str, values: Any) -> Any:
     try:
-        return values if isinstance(values, Source) else Source(**values)
+        return kind(**values)
     except TypeError as error:
-        raise ValueError(
-            f"source {values!r}: {error}; accepted are {', '.join(Source.__dataclass_fields__)}"
-        ) from error
+        raise ValueError(f"{name}: {error}; accepted are {', '.join(kind.__dataclass_fields__)}") from error
 
 
 class Records:
@@ -254,6 +262,10 @@ class MixtureReader:
         self.num_seen = [0] * len(self.sources)
         self.dataset = self._stream() if mixture.streams else self._index()
 
+    def passes(self) -> IterableDataset:
+        """The stream over and over; rows also have their pass as `epoch`, since to a trainer it is all one."""
+        return IterableDataset.from_generator(partial(_passes, self.sources, self.mixture))
+
     def _stream(self) -> IterableDataset:
         return IterableDataset.from_generator(partial(_mixed_rows, self.sources, self.mixture))
 
@@ -263,7 +275,7 @@ class MixtureReader:
         return self.mixture.mix([Dataset.from_dict(own) for own in rows])
 
     def encode(self, rows: Sequence[dict[str, Any]], epoch: int = 0) -> list[dict[str, Any]]:
-        """`input_ids`, `labels` and `task` of rows of `dataset`, without those that are skipped.
+        """`input_ids`, `labels` and `task` (and a row's own `epoch`) of rows of `dataset`, without the skipped ones.
 
         If all of them are, the next record of the first one's source that can be used comes in their place, since a
         step needs something to learn from.
@@ -288,7 +300,7 @@ class MixtureReader:
             number, index = row["source"], row["index"]
             self.num_seen[number] += 1
             if not isinstance(encoded, str):
-                kept.append(encoded)
+                kept.append({**encoded, "epoch": row["epoch"]} if "epoch" in row else encoded)
             elif index not in self.skipped[number]:
                 self.skipped[number][index] = encoded
                 logger.warning("%s: record %d skipped: %s", self.mixture.sources[number], index, encoded)
@@ -317,7 +329,7 @@ class MixtureReader:
     def _conversation(self, row: dict[str, Any], record: Any, epoch: int) -> tuple[list[str], list[Any]] | str:
         """Turns and pictures, or the reason why there are none."""
         records, name = self.sources[row["source"]], f"{self.mixture.seed}/{row['source']}/{row['index']}"
-        rng = random.Random(f"{name}/{epoch}" if self.random_crop else name)
+        rng = random.Random(f"{name}/{row.get('epoch', epoch)}" if self.random_crop else name)
         source, sizes = records.source, (self.mixture.target_px, self.random_crop)
         try:
             if isinstance(record, RecordError):
@@ -356,6 +368,11 @@ def _mixed_rows(sources: list[Records], mixture: Mixture) -> Iterator[dict[str, 
                 rows[number] = sources[number].rows(number)
                 following = next(rows[number])
             ahead[number] = following
+
+
+def _passes(sources: list[Records], mixture: Mixture) -> Iterator[dict[str, Any]]:
+    for epoch in count():
+        yield from ({**row, "epoch": epoch} for row in _mixed_rows(sources, mixture))
 
 
 def _reason(error: Exception) -> str:

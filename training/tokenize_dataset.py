@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTProcessor
 
-from .mixture import MIN_SEEN, Mixture, MixtureReader, Source
+from .mixture import MIN_SEEN, Mixture, MixtureReader, Source, read_mixture
 
 SHARD_RECORDS = 512
 BATCH_RECORDS = 64  # whose pictures become codes in one go
@@ -129,7 +129,7 @@ def tokenize_recipe(recipe, folder: str | Path) -> None:
         processor.vqvae.to(torch.device(device.type, local_rank))
     max_length = recipe.max_length(LuminaMGPTConfig.from_pretrained(start, **recipe.config))
     world_size = int(os.environ.get("WORLD_SIZE", 1))
-    tokenize(Mixture(**recipe.mixture), processor, folder, max_length, rank, world_size)
+    tokenize(read_mixture(recipe.mixture), processor, folder, max_length, rank, world_size)
 
 
 def load_tokenized(mixture: Mixture, processor, folder: str | Path, max_length: int) -> Dataset:
