@@ -40,6 +40,7 @@ TABLETOP = "tabletop"
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL and datasets raise
 MIN_SEEN = 100
+SHUFFLED = 1000  # records of a stream, still as bytes, from which the next one is drawn
 logger = logging.getLogger(__name__)
 
 
@@ -262,9 +263,9 @@ class MixtureReader:
         self.num_seen = [0] * len(self.sources)
         self.dataset = self._stream() if mixture.streams else self._index()
 
-    def passes(self) -> IterableDataset:
-        """The stream over and over; rows also have their pass as `epoch`, since to a trainer it is all one."""
-        return IterableDataset.from_generator(partial(_passes, self.sources, self.mixture))
+    def passes(self, seed: int) -> IterableDataset:
+        """The stream over and over, shuffled; rows also have their pass as `epoch`: to a trainer it is all one."""
+        return IterableDataset.from_generator(partial(_passes, self.dataset, seed))
 
     def _stream(self) -> IterableDataset:
         return IterableDataset.from_generator(partial(_mixed_rows, self.sources, self.mixture))
@@ -370,9 +371,9 @@ def _mixed_rows(sources: list[Records], mixture: Mixture) -> Iterator[dict[str, 
             ahead[number] = following
 
 
-def _passes(sources: list[Records], mixture: Mixture) -> Iterator[dict[str, Any]]:
+def _passes(dataset: IterableDataset, seed: int) -> Iterator[dict[str, Any]]:
     for epoch in count():
-        yield from ({**row, "epoch": epoch} for row in _mixed_rows(sources, mixture))
+        yield from ({**row, "epoch": epoch} for row in dataset.shuffle(seed + epoch, buffer_size=SHUFFLED))
 
 
 def _reason(error: Exception) -> str:
