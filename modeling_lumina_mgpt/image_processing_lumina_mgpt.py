@@ -86,6 +86,8 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         if sides[1] > MAX_SIDES_RATIO * sides[0]:
             size = f"{image.width}x{image.height}"
             raise ValueError(f"an image of {size} px: accepted are sides of at most {MAX_SIDES_RATIO} to 1")
+        if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
+            image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

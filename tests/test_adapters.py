@@ -427,14 +427,14 @@ def test_refcoco_with_ends(encode, tmp_path):
     # huggingface.co/datasets/jxu124/refcoco README.md; boxes: left, top, right, bottom (Hugging Face's cookbook)
     sentence = {"raw": TEXT, "sent": TEXT, "sent_id": WHOLE, "tokens": List(TEXT)}
     features = {"image_path": TEXT, "sentences": List(sentence), "bbox": List(REAL), "captions": List(TEXT)}
-    noise(96, 64).save(tmp_path / "1.png")
+    noise(80, 48).save(tmp_path / "1.png")
     sentences = [{"raw": text, "sent": text, "sent_id": 1, "tokens": text.split()} for text in ("left cat", "the cat")]
     record = {"image_path": "1.png", "sentences": sentences, "bbox": [10.2, 8.1, 60.4, 40.0], "captions": ["left cat"]}
     columns = {"image": "image_path", "phrase": "sentences.sent", "box": "bbox"}
     found = [encode("detection", features, record, columns, {"folder": str(tmp_path)}, seed=i) for i in range(9)]
     assert {f.turns[0] for f in found} == {f"Detect: left cat {IMAGE}", f"Detect: the cat {IMAGE}"}
     source, framed = found[0].pictures
-    assert same(source, noise(96, 64)) and encode.is_drawn(found[0].answers[0][0], framed)
+    assert same(source, noise(80, 48)) and encode.is_drawn(found[0].answers[0][0], framed)
     assert encode.processor.image_processor.find_box(framed, source) == (10, 8, 60, 40)
     for box in ([10, 8, 11, 40], [200, 8, 300, 40], [1, 2, 3], None):
         with pytest.raises(RecordError, match="box"):
@@ -444,15 +444,35 @@ def test_refcoco_with_ends(encode, tmp_path):
 def test_refcoco_with_sizes(encode):
     # huggingface.co/datasets/lmms-lab/RefCOCO README.md; its boxes are COCO's: left, top, width, height
     features = {"question_id": TEXT, "image": PICTURE, "question": TEXT, "answer": List(TEXT), "bbox": List(REAL)}
-    record = {"question_id": "1", "image": noise(96, 64), "question": "?", "answer": ["cat"], "bbox": [10, 8, 50, 32]}
+    record = {"question_id": "1", "image": noise(80, 48), "question": "?", "answer": ["cat"], "bbox": [10, 8, 50, 32]}
     columns = {"phrase": "answer", "box": "bbox"}
     source, framed = encode("detection", features, record, columns, {"box_format": "xywh"}).pictures
     assert encode.processor.image_processor.find_box(framed, source) == (10, 8, 60, 40)
     record["bbox"] = [0.25, 0.25, 0.5, 0.5]
     source, framed = encode("detection", features, record, columns, {"relative": True}).pictures
-    assert encode.processor.image_processor.find_box(framed, source) == (24, 16, 48, 32)
+    assert encode.processor.image_processor.find_box(framed, source) == (20, 12, 40, 24)
     with pytest.raises(ValueError, match="box_format 'cxcywh'"):
         encode("detection", features, record, columns, {"box_format": "cxcywh"})
+
+
+def test_a_box_is_drawn_around_what_is_left_of_a_crop(encode):
+    features = {"image": PICTURE, "phrase": TEXT, "box": List(REAL)}
+    record = {"image": noise(640, 100), "phrase": "the cat", "box": [40.0, 20.0, 300.0, 80.0]}
+    source, framed = encode("detection", features, record).pictures
+    assert source.size == framed.size == (128, 32)  # of 205 columns the middle ones
+    assert encode.processor.image_processor.find_box(framed, source) == (0, 6, 58, 26)
+    with pytest.raises(RecordError, match="box"):
+        encode("detection", features, record | {"box": [0.0, 20.0, 60.0, 80.0]})
+
+
+def test_a_map_is_cropped_as_its_picture(encode):
+    record = {"image": noise(402, 80), "depth": noise(402, 80).resize((201, 40))}
+    features = {"image": PICTURE, "depth": PICTURE}
+    for seed in range(4):
+        picture, shown = encode("depth", features, record, random_crop=True, seed=seed).pictures
+        assert np.abs(np.asarray(picture, int) - np.asarray(shown)).mean() < 4
+    with pytest.raises(RecordError, match="20x100 px for a picture of 402x80"):
+        encode("depth", features, record | {"depth": noise(24, 104).resize((20, 100))})
 
 
 # From maps to pictures
@@ -595,6 +615,31 @@ def test_random_crops_are_alike_in_a_record(encode):
     assert len({pictures[0].tobytes() for pictures in crops}) > 1
 
 
+def test_maps_that_are_null_are_not_drawn_from(encode):
+    record = {"image": noise(), "caption": "a cat", "depth": None, "pose": None, "keypoints": [[9.0, 9.0, 2.0] * 17]}
+    shown = [conversation("control", record, encode.processor, random.Random(seed))[1][0] for seed in range(8)]
+    assert all(np.asarray(picture).max() > 0 and not same(picture, noise()) for picture in shown)
+    for keypoints in (None, [[float("nan"), 9.0, 2.0] * 17], [[900.0, 9.0, 2.0] * 17]):
+        with pytest.raises(RecordError, match=r"keypoints|none of"):
+            conversation("control", record | {"keypoints": keypoints}, encode.processor, random.Random(0))
+
+
+def test_pictures_in_16_bits_keep_their_light(encode):
+    gray = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    record = {"image": Image.fromarray(gray), "caption": "a cat"}
+    (picture,) = conversation("caption", record, encode.processor, random.Random(0))[1]
+    assert (np.asarray(picture)[..., 0] == gray // 256).all()
+
+
+def test_empty_system_messages_are_passed_over(encode):
+    said = [{"from": "system", "value": ""}, {"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Hi"}]
+    assert conversation("chat", {"conversations": said}, encode.processor, random.Random(0))[0] == ["Hello", "Hi"]
+    for content in (["Hello"], [{"text": "Hello"}], [{"type": "video", "video": "1.mp4"}]):
+        messages = [{"role": "user", "content": content}, {"role": "assistant", "content": "Hi"}]
+        with pytest.raises(RecordError, match="accepted are items"):
+            conversation("chat", {"messages": messages}, encode.processor, random.Random(0))
+
+
 def test_wrong_columns_are_named():
     with pytest.raises(ColumnError, match="'caption': the dataset has no 'caption', it has image, text"):
         check_columns("text-to-image", ["image", "text"])
@@ -621,6 +666,9 @@ def test_unknown_tasks_and_options_are_named(encode):
         check_columns("depth", ["image", "depth"], options={"flip": "z"})
     with pytest.raises(ValueError, match="condition 'canny': accepted for 'control' are depth"):
         check_columns("control", ["image", "caption"], options={"condition": "canny"})
+    for crop in ([1, 2], {"picture": [0, 0, 8, 8]}, {"image": [0, 0, 8]}, {"image": [8, 0, 8, 8]}):
+        with pytest.raises(ValueError, match=r"crop .* accepted is \{column: "):
+            check_columns("caption", ["image", "caption"], options={"crop": crop})
     features, record = nyuv2()
     for task, options in (("normal", {"flip": "w"}), ("depth", {"range_m": [0, 5]}), ("refine", {"share": [0.5, 2]})):
         with pytest.raises(ValueError, match="accepted") as raised:

@@ -98,7 +98,9 @@ def draw_box(picture: Image.Image, box: Sequence[float]) -> Image.Image:
     left, top, right, bottom = (round(side) for side in box)
     left, top, right, bottom = max(left, 0), max(top, 0), min(right, picture.width), min(bottom, picture.height)
     if right - left < 4 or bottom - top < 4:
-        raise ValueError(f"box {list(box)} in a picture of {picture.width}x{picture.height} px: too small to be drawn")
+        raise ValueError(
+            f"box {[left, top, right, bottom]} in {picture.width}x{picture.height} px: too small to be drawn"
+        )
     thickness_px = max(1, min(round(max(picture.size) / 160), (right - left) // 4, (bottom - top) // 4))
     drawn = picture.copy()
     ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), outline=BOX_COLOR, width=thickness_px)

@@ -60,6 +60,10 @@ class Record:
     def has(self, name: str) -> bool:
         return has_column(self.columns.get(name, name), self.values)
 
+    def holds(self, name: str) -> bool:
+        """Whether there is such a column, and something in it."""
+        return self.has(name) and self.get(name) is not None
+
     def get(self, name: str) -> Any:
         """A column's value, None where it is null; ColumnError if there is no such column."""
         path = self.columns.get(name, name)
@@ -91,6 +95,10 @@ class Record:
         picture = self._load(name, self._source(name, value))
         if self.crop and name in self.crop:
             left, top, right, bottom = self.crop[name]
+            if right > picture.width or bottom > picture.height:
+                raise RecordError(
+                    f"{name} of {picture.width}x{picture.height} px: crop {self.crop[name]} is beyond it"
+                )
             return picture.crop((left, top, right, bottom))
         return picture
 

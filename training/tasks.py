@@ -7,7 +7,7 @@ call a column. What a user will be asked to say comes from the processor, so tra
 import inspect
 import random
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,7 +94,8 @@ def edit(record: Record) -> Conversation:
 
 def predicted_map(record: Record, **drawn: Any) -> Conversation:
     """The map of `image` that the task is named after, from the column of that name."""
-    return [record.prompt(), IMAGE], [record.picture("image"), MAPS[record.task](record, **drawn)]
+    picture = record.picture("image")
+    return [record.prompt(), IMAGE], [picture, _aligned(record.task, MAPS[record.task](record, **drawn), picture)]
 
 
 def detection(record: Record, box_format: str = "ltrb", relative: bool = False) -> Conversation:
@@ -112,17 +113,23 @@ def detection(record: Record, box_format: str = "ltrb", relative: bool = False) 
     left, top, right, bottom = box.astype(float) * (np.array([*picture.size] * 2) if relative else 1)
     if box_format == "xywh":
         right, bottom = left + right, top + bottom
+    # What is cut off must not be framed, or not at the edge that it leaves: a picture of the box is cropped alike.
+    marked = Image.new("L", picture.size)
+    marked.paste(255, tuple(round(side) for side in (left, top, right, bottom)))
+    size = record.bucket(picture)
+    picture, marked = record.cropped(picture, *size), record.cropped(marked, *size)
     try:
-        framed = drawing.draw_box(picture, (left, top, right, bottom))
+        framed = drawing.draw_box(picture, marked.point(lambda value: value // 128).getbbox() or (0, 0, 0, 0))
     except ValueError as error:
-        raise RecordError(str(error)) from error
+        raise RecordError(f"of box {box.tolist()} is left: {error}") from error
     return [record.prompt(record.text("phrase")), IMAGE], [picture, framed]
 
 
 def control(record: Record, condition: str | Sequence[str] | None = None, **drawn: Any) -> Conversation:
     """`image` from a map of it: `condition`, one drawn from a list, or from those that the record has."""
-    shown, _ = _condition(record, condition, drawn)
-    return [record.prompt(record.text("caption")), IMAGE], [shown, record.picture("image")]
+    picture = record.picture("image")
+    shown, _ = _condition(record, picture, condition, drawn)
+    return [record.prompt(record.text("caption")), IMAGE], [shown, picture]
 
 
 def refine(record: Record, share: Sequence[float] = (0.05, 0.5)) -> Conversation:
@@ -159,7 +166,7 @@ def panels(record: Record, condition: str | Sequence[str] | None = None, **drawn
     """
     picture = record.picture("image")
     width_px, height_px = _panel_size(record, picture)
-    shown, words = _condition(record, condition, drawn)
+    shown, words = _condition(record, picture, condition, drawn)
     halves = [shown, picture] if record.processor.tasks[record.task].continues else [picture, shown]
     both = Image.new("RGB", (width_px, 2 * height_px))
     for i, half in enumerate(halves):
@@ -193,16 +200,17 @@ def normal_map(record: Record, flip: str = "") -> Image.Image:
 
 def pose_map(record: Record) -> Image.Image:
     """`pose`, a picture, or the skeletons of `keypoints`: a list for each person, flat or [17][3]."""
-    if record.has("pose"):
+    if record.holds("pose"):
         return record.picture("pose")
     keypoints, size = record.get("keypoints"), record.picture("image").size
     try:
         people = np.array(keypoints, float).reshape(-1, drawing.NUM_KEYPOINTS, 3)
     except (ValueError, TypeError) as error:
         raise RecordError(f"keypoints: accepted are {drawing.NUM_KEYPOINTS} x, y and visibility a person") from error
-    if not (people[..., 2] > 0).any():
-        raise RecordError("keypoints of nobody")
-    return drawing.draw_skeletons(people, *size)
+    drawn = drawing.draw_skeletons(people, *size)
+    if drawn.getbbox() is None:
+        raise RecordError("keypoints of nobody in the picture")
+    return drawn
 
 
 def segmentation_map(record: Record, palette: str | Sequence[Sequence[Any]] | None = None) -> Image.Image:
@@ -341,6 +349,10 @@ def check_columns(
     known = _options_of(task)
     if wrong := options.keys() - known:
         raise ValueError(f"options {sorted(wrong)}: task {task!r} has {', '.join(known)}")
+    if wrong := _wrong_crops(options.get("crop"), accepted):
+        raise ValueError(
+            f"crop {wrong!r}: accepted is {{column: [left, top, right, bottom]}}, of {', '.join(accepted)}"
+        )
     absent = {name for name in accepted if not has_column(columns.get(name, name), found)}
     for name in adapter.columns:
         if name in absent and (not adapter.alternative or absent & {*adapter.alternative}):
@@ -367,6 +379,15 @@ def _check_condition(task: str, condition: Any) -> None:
         raise ValueError(f"condition {condition!r}: accepted for {task!r} are {', '.join(ADAPTERS[task].conditions)}")
 
 
+def _wrong_crops(crop: Any, accepted: Container[str]) -> Any:
+    """What of the option is no box of a column; None if all is right."""
+    if crop is None or not isinstance(crop, Mapping):
+        return crop
+    boxes = {name: box for name, box in crop.items() if name in accepted and isinstance(box, list) and len(box) == 4}
+    right = {name for name, (left, top, right, bottom) in boxes.items() if 0 <= left < right and 0 <= top < bottom}
+    return {name: box for name, box in crop.items() if name not in right} or None
+
+
 def _options_of(task: str) -> list[str]:
     """Names of the options that a task takes."""
     drawn = ADAPTERS[task].conditions or [name for name in MAPS if name == task]
@@ -377,16 +398,28 @@ def _options_of(task: str) -> list[str]:
 
 
 def _condition(
-    record: Record, condition: str | Sequence[str] | None, drawn: Mapping[str, Any]
+    record: Record, picture: Image.Image, condition: str | Sequence[str] | None, drawn: Mapping[str, Any]
 ) -> tuple[Image.Image, str]:
     """One of the conditions as a picture, and how it is called in prompts."""
     if condition is None:
-        condition = [name for name in ADAPTERS[record.task].conditions if any(map(record.has, _columns_of(name)))]
+        condition = [name for name in ADAPTERS[record.task].conditions if any(map(record.holds, _columns_of(name)))]
+        if not condition:
+            raise RecordError(f"none of {', '.join(ADAPTERS[record.task].optional)} is there")
     name: Any = condition if isinstance(condition, str) else record.rng.choice(list(condition) or [None])
     _check_condition(record.task, name)
     options = inspect.signature(MAPS[name]).parameters.keys() & drawn.keys()
     shown = MAPS[name](record, **{option: drawn[option] for option in options})
-    return shown, record.text("subject") if name == "subject" else name
+    if name == "subject":
+        return shown, record.text("subject")
+    return _aligned(name, shown, picture), name
+
+
+def _aligned(name: str, shown: Image.Image, picture: Image.Image) -> Image.Image:
+    """A map as large as its picture, so that both are cropped alike."""
+    if not 0.98 < shown.width / picture.width * picture.height / shown.height < 1.02:
+        sizes = f"{shown.width}x{shown.height} px for a picture of {picture.width}x{picture.height}"
+        raise RecordError(f"{name} of {sizes}: accepted are two of one shape")
+    return shown if shown.size == picture.size else shown.resize(picture.size, Image.Resampling.NEAREST)
 
 
 def _check_shares(name: str, *values: Any) -> None:
@@ -409,8 +442,9 @@ def _turns(record: Record) -> list[str]:
             f"conversations {messages!r:.100}: accepted are lists of {{from, value}} or {{role, content}}"
         )
     pairs = [(m.get("from") or m.get("role"), _content(m.get("value") or m.get("content"))) for m in messages]
+    pairs = [(role, text) for role, text in pairs if role != "system" or text]  # datasets have empty ones
     if not all(isinstance(text, str) and text.strip() for _, text in pairs):
-        raise RecordError("a turn of the conversation is empty")
+        raise RecordError("a turn of the conversation is empty, or no text")
     rules = [text.strip() for role, text in pairs if role == "system"]
     said = [(role, text.strip()) for role, text in pairs if role != "system"]
     expected = [(QUESTIONERS, ANSWERERS)[i % 2] for i in range(len(said))]
@@ -423,7 +457,12 @@ def _content(content: Any) -> Any:
     """The text of a message whose content may be items."""
     if not isinstance(content, list):
         return content
-    return " ".join(IMAGE if item["type"] == "image" else item.get("text") or "" for item in content)
+    kinds = [item.get("type") if isinstance(item, Mapping) else type(item).__name__ for item in content]
+    if other := {*kinds} - {"text", "image", "image_url"}:
+        raise RecordError(f"content of type {other.pop()!r}: accepted are items {{type: text}} and {{type: image}}")
+    return " ".join(
+        item.get("text") or "" if kind == "text" else IMAGE for kind, item in zip(kinds, content, strict=True)
+    )
 
 
 def _with_one_space(turn: str) -> str:
