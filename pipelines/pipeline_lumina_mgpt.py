@@ -689,13 +689,18 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
         Raises:
             ImportError: without peft.
-            ValueError: if there is no LoRA, or that of another model, or the name is taken. Nothing is loaded then.
+            ValueError: if there is no LoRA, or that of another model, or the name is taken; or the transformer is
+                offloaded, or was replaced by `torch.compile`. Nothing is loaded then.
         """
         peft, model, loaded = _peft(), self.transformer, self._adapters()
         name = adapter_name or next(free for i in count() if (free := f"default_{i}") not in loaded)
         if name in loaded:
             raise ValueError(f"adapter_name {name!r} is taken; loaded are {loaded}")
         self._check_unfused()
+        if hasattr(model, "_orig_mod") or any(parameter.is_meta for parameter in model.parameters()):
+            raise ValueError(
+                "the transformer is compiled or offloaded: load adapters first, or use transformer.compile()"
+            )
         config, weights = _read_lora(path_or_repo, hub_arguments)
         self._check_lora(path_or_repo, config, weights, name)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -10,6 +10,7 @@ import sys
 import peft
 import pytest
 import torch
+from accelerate import cpu_offload
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from test_remote_code import run_without_package
@@ -383,3 +384,14 @@ def test_a_quantized_decoder_leaves_head_and_vq_model_alone_and_comes_back(
             pipe.fuse_lora()
         pipe.unload_lora_weights()
         assert torch.equal(pipe.transformer(input_ids=ids).logits, quantized)
+
+
+def test_offloaded_and_compiled_models_take_no_adapter(tiny_pipe, train):
+    folder, _ = train()
+    model = tiny_pipe.transformer
+    tiny_pipe.transformer = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="compiled or offloaded"):
+        tiny_pipe.load_lora_weights(folder)
+    tiny_pipe.transformer = cpu_offload(model, torch.device("cpu"))
+    with pytest.raises(ValueError, match="compiled or offloaded"):  # its weights would be lost, and pictures noise
+        tiny_pipe.load_lora_weights(folder)
