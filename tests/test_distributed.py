@@ -157,6 +157,14 @@ def test_metadata_of_shards_cannot_run_code(tmp_path):
         read_shards(tmp_path)
 
 
+def test_merge_overwrites_nothing(tiny_folder, tmp_path):
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    for out in (tiny_folder, tmp_path / "adapter"):
+        with pytest.raises(ValueError, match="not empty: accepted is a new folder"):
+            merge(tmp_path / "adapter", out, str(tiny_folder))
+
+
 def test_merge_says_what_it_accepts(tmp_path):
     with pytest.raises(ValueError, match="pytorch_model_fsdp_0"):
         merge(tmp_path, tmp_path / "out")

@@ -37,11 +37,13 @@ def merge(source: str | Path, out: str | Path, model: str | None = None) -> None
             names.
 
     Raises:
-        ValueError: if `source` is neither, or nothing says what it started from.
+        ValueError: if `out` holds something, if `source` is neither, or nothing says what it started from.
     """
     from .sft import SFTRecipe, save_folder  # which gathers with this module
 
-    source = Path(source)
+    source, out = Path(source), Path(out)
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"{out} is not empty: accepted is a new folder")
     if (source / "adapter_config.json").is_file():
         pipe = _load(source, model or PeftConfig.from_pretrained(source).base_model_name_or_path)
         merged: Any = PeftModel.from_pretrained(pipe.transformer, source).merge_and_unload()
