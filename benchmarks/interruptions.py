@@ -68,9 +68,7 @@ def disturbed(command: str, recipe: Path, seconds: float, moments: random.Random
         moment_s = moments.uniform(0.3, 1.0) * seconds
         if run(command, recipe, moment_s):
             print(f"  it had ended within {moment_s:.1f} s: once more from nothing", flush=True)
-            subprocess.run(
-                ["rm", "-r", str(recipe.parent / {"tokenize": "data", "train": "run"}[command])], check=True
-            )
+            shutil.rmtree(recipe.parent / {"tokenize": "data", "train": "run"}[command])
             continue
         kills += 1
         print(f"  killed after {moment_s:.1f} s; whole: {state()}", flush=True)

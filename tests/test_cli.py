@@ -94,7 +94,7 @@ def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
     for module in (sft, train_vq):
         monkeypatch.setattr(module, "train", lambda recipe: called.append(type(recipe).__name__))
     right = [
-        "{output_dir: x, mixture: {}, sft: {}, model: y}",
+        "{output_dir: x, mixture: {target_px: 64, sources: [{task: chat, path: z}]}, sft: {}, model: y}",
         "{trainer: vq, output_dir: x, model: {}, num_codes: 1}",
     ]
     wrong = {"trainer: rl": "accepted are 'vq' and 'sft'", "lr: 3": "'lr'; accepted are output_dir", "a: [": "YAML"}

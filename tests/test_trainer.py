@@ -150,15 +150,15 @@ def test_context_drop_in_packed_rows_leaves_the_picture_alone(make_trainer, reco
 
 
 def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
-    first = make_trainer(train_sampling_strategy="group_by_length")._get_train_sampler()
-    again = make_trainer(train_sampling_strategy="group_by_length")._get_train_sampler()
+    first, again = (make_trainer(train_sampling_strategy="group_by_length") for _ in range(2))
     orders = []
-    for epoch in (0, 1):
-        first.set_epoch(epoch)
-        again.set_epoch(epoch)
-        orders.append(list(first))
+    for first.state.epoch in (0, 1):
+        again.state.epoch = first.state.epoch
+        for trainer in (first, again):
+            trainer.callback_handler.on_epoch_begin(trainer.args, trainer.state, trainer.control)
+        orders.append(list(first._get_train_sampler()))
         torch.rand(3)
-        assert orders[-1] == list(again)
+        assert orders[-1] == list(again._get_train_sampler())
     assert orders[0] != orders[1] and sorted(orders[0]) == [*range(12)]
 
 

@@ -87,6 +87,15 @@ def test_a_run_resumes_bit_for_bit_and_its_folder_draws(recipe, tmp_path):
     assert whole("a red sphere").images[0].size == (64, 64)
 
 
+def test_a_run_that_has_ended_takes_no_more_steps(recipe, tmp_path):
+    made = recipe("run", max_steps=3)  # in the midst of an epoch
+    train(made)
+    before = load_file(tmp_path / "run" / "model.safetensors")
+    train(made)
+    after = load_file(tmp_path / "run" / "model.safetensors")
+    assert len(losses(made)) == 3 and all(torch.equal(weight, after[name]) for name, weight in before.items())
+
+
 def test_images_and_what_was_tokenized_ahead_train_alike(recipe, tmp_path):
     mixture = tabletop(3, *ADAPTERS)
     straight = recipe("straight", mixture, max_steps=3, per_device_train_batch_size=15)
@@ -103,11 +112,12 @@ def test_a_stream_resumes_bit_for_bit(recipe, tmp_path):
     records.cast_column("image", ImageFeature()).to_parquet(tmp_path / "records.parquet")
     source = {"path": str(tmp_path / "records.parquet"), "task": "text-to-image", "streaming": True}
     mixture = {"target_px": 64, "sources": [source]}
-    train(recipe("whole", mixture, max_steps=8, save_total_limit=8))
+    values = {"max_steps": 9, "context_drop": 0.5}
+    train(recipe("whole", mixture, **values))
     shutil.copytree(tmp_path / "whole" / "trainer", tmp_path / "halves" / "trainer")
-    for step in (6, 7, 8):
+    for step in (8, 9):  # in the second pass
         shutil.rmtree(tmp_path / "halves" / "trainer" / f"checkpoint-{step}")
-    train(recipe("halves", mixture, max_steps=8))
+    train(recipe("halves", mixture, **values))
     assert losses(recipe("whole")) == losses(recipe("halves"))
     whole, halves = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "halves"))
     assert all(torch.equal(weight, halves[name]) for name, weight in whole.items())
@@ -204,22 +214,34 @@ def test_recipes_can_be_read(path):
         ({"pack_tokens": 512}, "name a folder in `tokenized`"),
         ({"sft": {"train_sampling_strategy": "group_by_length"}}, "name a folder in `tokenized`"),
         ({"quantization": {"load_in_4bit": True}}, "give `lora`"),
-        ({"samples": {"steps": 3}}, "accepted are `steps` and `prompts`"),
+        ({"samples": {"steps": 3}}, "accepted are `steps` from 1 on and a list of `prompts`"),
+        ({"samples": {"steps": 0, "prompts": ["a cube"]}}, "accepted are `steps` from 1 on"),
+        ({"samples": {"steps": 3, "prompts": "a cube"}}, "a list of `prompts`"),
+        ({"context_drop": 2}, "context_drop 2: accepted are 0 to 1"),
+        ({"pack_tokens": -1, "tokenized": "x"}, "pack_tokens -1"),
+        ({"sft": {"resume_from_checkpoint": "x"}}, "last whole checkpoint"),
+        ({"generation": {"image_top": 3}}, "generation .'image_top'."),
+        ({"mixture": {"target_px": 64}}, "mixture: .*'sources'; accepted are target_px, sources"),
+        ({"mixture": {"target_px": 64, "sources": [{"task": "chat", "pth": "x"}]}}, "'pth'; accepted are task, path"),
+        ({"sft": "x"}, "sft 'x': accepted are"),
+        ({"config": {"nonsense": 1}}, "config .'nonsense'."),
+        ({"model": None, "from_scratch": {"lik": "x"}}, "from_scratch .'lik'.: accepted are config, processor"),
+        ({"evaluation": {"px": 64}}, "evaluation: .*'px'"),
         ({"nonsense": 1}, "nonsense.*accepted are output_dir, mixture"),
         ({"trainer": "rl"}, "trainer 'rl'; accepted are 'vq' and 'sft'"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({"output_dir": "x", "mixture": {}, "sft": {}, "model": "y", **values}))
+    right = {"output_dir": "x", "mixture": tabletop(1, "chat"), "sft": {}, "model": "y"}
+    path.write_text(yaml.safe_dump({**right, **values}))
     with pytest.raises(ValueError, match=f"recipe.yaml: .*{says}"):
         load_recipe(path)
 
 
 def test_a_recipe_says_what_differs_from_its_base(tmp_path):
-    (tmp_path / "base.yaml").write_text(
-        "output_dir: a\nmodel: m\nmixture: {target_px: 64}\nsft: {seed: 1, max_steps: 2}"
-    )
+    values = {"output_dir": "a", "model": "m", "mixture": tabletop(1, "chat"), "sft": {"seed": 1, "max_steps": 2}}
+    (tmp_path / "base.yaml").write_text(yaml.safe_dump(values))
     (tmp_path / "own.yaml").write_text("base: base.yaml\noutput_dir: b\nsft: {seed: 3}")
     loaded = load_recipe(tmp_path / "own.yaml")
     assert (loaded.output_dir, loaded.model, loaded.sft) == ("b", "m", {"seed": 3, "max_steps": 2})

@@ -20,7 +20,7 @@ from diffusers import VQModel
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
 from PIL import Image
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 from trl import SFTConfig
 
 from modeling_lumina_mgpt import (
@@ -29,21 +29,21 @@ from modeling_lumina_mgpt import (
     LuminaMGPTImageProcessor,
     LuminaMGPTProcessor,
 )
+from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
+from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .merge import gather_model
-from .mixture import Mixture, MixtureReader
+from .mixture import Mixture, MixtureReader, read_mixture
 from .tabletop import SEGMENT_COLORS, tabletop_texts
-from .tokenize_dataset import load_tokenized, tokenize
+from .tokenize_dataset import HUB, load_tokenized, tokenize
 from .train_tokenizer import build_tokenizer
 from .train_vq import VQRecipe
-from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, pack
+from .trainer import IGNORED_LABEL, Collator, LuminaMGPTTrainer, SampleCallback, pack
 
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-HUB_DATASET = "hf://datasets/"
-SHUFFLED = 1000  # records of a stream, still as bytes, from which the next one is drawn
 
 
 @dataclass
@@ -95,6 +95,9 @@ class SFTRecipe:
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
+        for name in ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation"):
+            if not isinstance(value := getattr(self, name), dict | None):
+                raise ValueError(f"{name} {value!r}: accepted are `name: value` lines")
         if bool(self.model) == bool(self.from_scratch):
             raise ValueError(f"model {self.model!r} and from_scratch {self.from_scratch!r}: give one of them")
         if self.tokenized and self.random_crop:
@@ -106,8 +109,28 @@ class SFTRecipe:
             raise ValueError(
                 f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
             )
-        if self.samples is not None and set(self.samples) != {"steps", "prompts"}:
-            raise ValueError(f"samples {self.samples}: accepted are `steps` and `prompts`, both")
+        if not 0 <= self.context_drop <= 1:
+            raise ValueError(f"context_drop {self.context_drop}: accepted are 0 to 1")
+        if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):
+            raise ValueError(f"pack_tokens {self.pack_tokens!r}: accepted are 1 and more")
+        if self.samples is not None and not _are_samples(self.samples):
+            raise ValueError(f"samples {self.samples}: accepted are `steps` from 1 on and a list of `prompts`")
+        if "resume_from_checkpoint" in self.sft:
+            raise ValueError("resume_from_checkpoint: a run goes on from the last whole checkpoint of its output_dir")
+        shape = (
+            {"like", "config"}
+            if "like" in (self.from_scratch or {})
+            else {"vqvae", "tokenizer", "processor", "config"}
+        )
+        if self.from_scratch and not shape >= self.from_scratch.keys() >= shape - {"config"}:
+            raise ValueError(f"from_scratch {sorted(self.from_scratch)}: accepted are {', '.join(sorted(shape))}")
+        if unknown := self.config.keys() - LuminaMGPTConfig.__dataclass_fields__.keys():
+            raise ValueError(f"config {sorted(unknown)}: accepted are the fields of LuminaMGPTConfig")
+        if unknown := self.generation.keys() - {*GenerationConfig().to_dict(), *DecodingSettings.__dataclass_fields__}:
+            raise ValueError(f"generation {sorted(unknown)}: accepted are what `generate` takes")
+        for name, values in (("mixture", self.mixture), ("evaluation", self.evaluation)):
+            if values is not None:
+                read_mixture(values, name)
 
     @property
     def start(self) -> str:
@@ -118,6 +141,11 @@ class SFTRecipe:
         """Tokens that a record may have."""
         limits = self.mixture.get("max_length"), self.pack_tokens, config.max_position_embeddings
         return min(limit for limit in limits if limit)
+
+
+def _are_samples(values: Any) -> bool:
+    known = isinstance(values, dict) and values.keys() == {"steps", "prompts"}
+    return known and is_whole(values["steps"], 1) and bool(values["prompts"]) and isinstance(values["prompts"], list)
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:
@@ -206,24 +234,28 @@ def train(recipe: SFTRecipe) -> None:
     """
     # 1. The model
     arguments = sft_config(recipe)
-    with arguments.main_process_first():
+    with arguments.main_process_first(local=False):  # checkpoints need a disk that all machines see, too
         start = make_start(recipe)
     model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
     pipe = LuminaMGPTPipeline.from_pretrained(start, transformer=model, dtype=torch.float32)
     processor = pipe.processor
-    if arguments.dataloader_num_workers == 0:  # else loader processes encode pictures, and cannot share a device
+    if recipe.tokenized or arguments.dataloader_num_workers == 0:  # else loader processes encode, which share no GPU
         pipe.vqvae.to(arguments.device)
 
     # 2. The data
-    mixture = Mixture(**recipe.mixture)
+    mixture = read_mixture(recipe.mixture)
     max_length = recipe.max_length(model.config)
     dataset, encode = _data(recipe, mixture, processor, max_length, arguments)
-    held_out = Mixture(**recipe.evaluation) if recipe.evaluation else None
+    held_out = read_mixture(recipe.evaluation, "evaluation") if recipe.evaluation else None
     evaluated = _evaluated(held_out, processor, max_length, arguments)
     tasks = sorted({source.task for data in (mixture, held_out) if data for source in data.sources})
     layout = processor.uni_rep
     common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
     common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed}
+
+    alone = max(arguments.train_batch_size, arguments.eval_batch_size) == 1
+    if recipe.pack_tokens and "flash" in str(model.config._attn_implementation) and not alone:
+        raise ValueError("pack_tokens with flash attention: accepted are batches of one row, in evaluation, too")
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
@@ -260,7 +292,7 @@ def train(recipe: SFTRecipe) -> None:
 
 def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path) -> None:
     """Writes the Hub folder of a recipe's trained weights; the pipeline is changed on the way."""
-    mixture, model, processor = Mixture(**recipe.mixture), pipe.transformer, pipe.processor
+    mixture, model, processor = read_mixture(recipe.mixture), pipe.transformer, pipe.processor
     processor.target_px = model.config.default_height_px = model.config.default_width_px = mixture.target_px
     if processor.trained_tasks is not None:
         tasks = {source.task for source in mixture.sources} & TASKS.keys()
@@ -302,23 +334,26 @@ def _data(recipe: SFTRecipe, mixture: Mixture, processor, max_length: int, argum
     """The dataset to train on, and what encodes its rows (None: they are)."""
     if recipe.tokenized is None:
         reader = MixtureReader(mixture, processor, max_length, recipe.random_crop)
-        shuffled = reader.dataset.shuffle(seed=arguments.seed, buffer_size=SHUFFLED) if mixture.streams else None
-        return shuffled or reader.dataset, reader.encode
-    if not recipe.tokenized.startswith(HUB_DATASET):
-        with arguments.main_process_first():
-            tokenize(mixture, processor, recipe.tokenized, max_length)
+        return reader.passes(arguments.seed) if mixture.streams else reader.dataset, reader.encode
+    if not recipe.tokenized.startswith(HUB):
+        tokenize(mixture, processor, recipe.tokenized, max_length, arguments.process_index, arguments.world_size)
+        if arguments.world_size > 1:
+            torch.distributed.barrier()
     dataset = load_tokenized(mixture, processor, recipe.tokenized, max_length)
     return (pack(dataset, recipe.pack_tokens) if recipe.pack_tokens else dataset), None
 
 
 def _evaluated(mixture: Mixture | None, processor, max_length: int, arguments: SFTConfig) -> Dataset | None:
-    """The held-out records, encoded once."""
+    """The held-out records, encoded once; then blank ones, for what accelerate fills up with would count twice."""
     if mixture is None:
         return None
-    reader = MixtureReader(mixture, processor, max_length)
+    reader = MixtureReader(mixture, processor, min(max_length, mixture.max_length or max_length))
     rows = list(reader.dataset)
     chunks = [rows[i : i + 32] for i in range(0, len(rows), 32)]
-    return Dataset.from_list([record for chunk in chunks for record in reader.encode(chunk)])
+    records = [record for chunk in chunks for record in reader.encode(chunk)]
+    blank = {**records[0], "labels": [IGNORED_LABEL] * len(records[0]["labels"])}
+    num_blank = -len(records) % (arguments.world_size * arguments.eval_batch_size)
+    return Dataset.from_list(records + [blank] * num_blank)
 
 
 def lora_config(recipe: SFTRecipe) -> LoraConfig | None:

@@ -24,7 +24,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn import functional as F
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
@@ -102,11 +102,12 @@ class Collator:
 
     def _ready(self, record: dict) -> tuple[list[int], list[int], int]:
         """Ids, labels and task; the first label is none, since in a packed row another record's token precedes it."""
-        ids, labels = self._drop(list(record["input_ids"]), list(record["labels"]))
+        epoch = record.get("epoch", self.epoch)  # a stream's own, which to the trainer has but one
+        ids, labels = self._drop(list(record["input_ids"]), list(record["labels"]), epoch)
         return ids, [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
 
-    def _drop(self, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-        draw = random.Random(f"{self.seed}/{self.epoch}/{ids}").random()
+    def _drop(self, ids: list[int], labels: list[int], epoch: int) -> tuple[list[int], list[int]]:
+        draw = random.Random(f"{self.seed}/{epoch}/{ids}").random()
         if draw >= self.context_drop or labels[-2] != self.image_end_id:
             return ids, labels
         start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
@@ -186,11 +187,14 @@ class LuminaMGPTTrainer(SFTTrainer):
         self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
         self.extra_metrics = extra_metrics
         self.tasks = self.data_collator.tasks
-        self.add_callback(EpochOfCollator(self.data_collator))
+        self._order = torch.Generator()  # of grouped lengths
+        self.add_callback(EpochOfData(self.data_collator, self._order))
         self._sums = self._zeros()  # of the step so far, on this process
         self._window: dict[str, float] = defaultdict(float)  # since the last log, of all processes
         self._window_start, self._num_skipped = time.perf_counter(), 0
-        self._told_to_stop = False
+        self._told_to_stop, self._saved_step = False, -1
+        # stock would remove the old before the new is whole
+        self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None
         self._peak_flops = peak_flops(self.args.device) * self.args.world_size
 
     # The loss
@@ -299,6 +303,19 @@ class LuminaMGPTTrainer(SFTTrainer):
         return total
 
     @contextmanager
+    def drawable(self):
+        """Within, the model may be called by itself, not through FSDP's root, whose weights its own call gathers."""
+        sharded = isinstance(self.model, FSDPModule)
+        self.model.eval()
+        if sharded:
+            self.model.unshard()
+        try:
+            yield
+        finally:
+            if sharded:
+                self.model.reshard()
+
+    @contextmanager
     def off_the_clock(self):
         """What happens within is no training, and does not count in the speed."""
         start = time.perf_counter()
@@ -317,7 +334,8 @@ class LuminaMGPTTrainer(SFTTrainer):
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         with self.off_the_clock():
             metrics = super().evaluate(*args, **kwargs)
-            extra = {f"eval_{name}": value for name, value in self.extra_metrics().items()}
+            with self.drawable():
+                extra = {f"eval_{name}": value for name, value in self.extra_metrics().items()}
             if extra:
                 self.log(dict(extra))
         return metrics | extra
@@ -333,12 +351,18 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     # The order of the data
 
+    def _run_epoch(self, *args, **kwargs):
+        """As in stock, which would take one more step of a run that had ended within an epoch."""
+        if self.state.global_step < self.state.max_steps:
+            super()._run_epoch(*args, **kwargs)
+        else:
+            self.control.should_training_stop = True
+
     def _get_train_sampler(self, train_dataset=None):
         """As in stock; lengths are grouped by the seed and the epoch alone, since a resumed run has no other state."""
         sampler = super()._get_train_sampler(train_dataset)
         if isinstance(sampler, LengthGroupedSampler):
-            sampler.generator = order = torch.Generator()
-            sampler.set_epoch = lambda epoch: order.manual_seed(self.args.seed + epoch)
+            sampler.generator = self._order
         return sampler
 
     # Checkpoints
@@ -352,7 +376,7 @@ class LuminaMGPTTrainer(SFTTrainer):
             output = super().train(*args, resume_from_checkpoint=resume, **kwargs)
         finally:
             signal.signal(signal.SIGTERM, before)
-        if self._told_to_stop:
+        if self._told_to_stop and self.state.global_step < self.state.max_steps:
             raise Stopped(128 + signal.SIGTERM)
         return output
 
@@ -363,7 +387,8 @@ class LuminaMGPTTrainer(SFTTrainer):
     def _save_checkpoint(self, model, trial) -> None:
         """Saves; marks as whole; and only then removes old ones. What fails leaves nothing behind."""
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        if self._saved_step == self.state.global_step:
+            return  # at the end of an epoch it may be asked for twice
         with self.off_the_clock():
             try:
                 (folder / WHOLE).unlink(missing_ok=True)
@@ -372,16 +397,14 @@ class LuminaMGPTTrainer(SFTTrainer):
                 shutil.rmtree(folder, ignore_errors=True)
                 last = last_checkpoint(self.args.output_dir) or "none"
                 raise OSError(f"{folder} could not be saved: {error}; the last whole checkpoint: {last}") from error
-            finally:
-                self.args.save_total_limit = limit
             self.accelerator.wait_for_everyone()
+            self._saved_step = self.state.global_step
             if self.is_world_process_zero():
                 (folder / WHOLE).touch()
                 self._remove_old(folder.parent)
 
     def _remove_old(self, folder: Path) -> None:
-        limit = self.args.save_total_limit
-        for old in whole_checkpoints(folder)[: -limit if limit else 0]:
+        for old in whole_checkpoints(folder)[: -self._num_kept if self._num_kept else 0]:
             if str(old) != str(self.state.best_model_checkpoint):
                 (old / WHOLE).unlink()
                 shutil.rmtree(old)
@@ -423,14 +446,15 @@ def peak_flops(device: torch.device) -> float:
     return 2 * size**3 / min(seconds)
 
 
-class EpochOfCollator(TrainerCallback):
-    """Tells the collator the epoch."""
+class EpochOfData(TrainerCallback):
+    """Tells the epoch to the collator, and to the order of grouped lengths: a resumed run has no other state."""
 
-    def __init__(self, collator: Collator):
-        self.collator = collator
+    def __init__(self, collator: Collator, order: torch.Generator):
+        self.collator, self.order = collator, order
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         self.collator.epoch = int(state.epoch or 0)
+        self.order.manual_seed(args.seed + self.collator.epoch)
 
 
 class SampleCallback(TrainerCallback):
@@ -448,7 +472,8 @@ class SampleCallback(TrainerCallback):
         if state.global_step % self.steps:
             return
         with self.trainer.off_the_clock():
-            sheet = self.draw()  # on all processes, since a sharded model needs all of them
+            with self.trainer.drawable():
+                sheet = self.draw()  # on all processes, since a sharded model needs all of them
             if state.is_world_process_zero:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 sheet.save(self.folder / f"step-{state.global_step:06d}.png")
