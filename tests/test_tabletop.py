@@ -83,6 +83,11 @@ def test_splits_are_disjoint(task):
             assert all(split_of_sentence(sentence) == split for sentence in sentences)
 
 
+def test_pictures_to_restore_are_square():
+    """Others are cut, while their captions name what was there."""
+    assert TabletopSource("restore", SIZES, 0, "train", 1).sizes == [(40, 40)]
+
+
 def test_an_answer_is_true_of_the_scene():
     answers: dict[str, Counter] = {kind: Counter() for kind in QUESTIONS}
     for plan in plans("vqa", 150):
@@ -216,6 +221,8 @@ def test_a_long_caption_is_true():
         text = tabletop_language.describe_at_length(scene, random.Random(0), split_of_sentence("a cube"))
         assert (f"{NUMBER_WORDS[len(scene.objects)]} objects" in text) == (len(scene.objects) > 1)
         assert f"{scene.table}" in text and ("right." if scene.light_azimuth > 0 else "left.") in text
+        for before in re.findall(r"(?:of|behind) (the \w+ (?!table)\w+)\.", text):
+            assert len(_meant(scene.objects, before)) == 1, text
         named = re.findall(r"(?i)\ban? (small|large) (\w+) (\w+)", text)
         assert Counter((s, c, z) for z, c, s in named) == Counter(o.combination for o in scene.objects)
 

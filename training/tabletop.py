@@ -130,6 +130,8 @@ class TabletopSource:
             raise ValueError(f"split {split!r}: Tabletop has {', '.join(SPLITS)}")
         if not sizes:
             raise ValueError("sizes is empty: accepted is a list of (width_px, height_px)")
+        if task == "restore":  # whose pictures are made square: what was cut off would still be in the caption
+            sizes = [size for size in sizes if size[0] == size[1]] or [(max(map(max, sizes)),) * 2]
         self.task, self.sizes, self.seed, self.split, self.num_records = task, list(sizes), seed, split, num_records
 
     @property

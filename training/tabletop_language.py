@@ -138,10 +138,11 @@ def _placed_objects(scene: Scene, rng: random.Random) -> Iterator[str]:
         place = rng.choice([relation for relation in RELATIONS if stands(o, relation, previous)])
         phrase = noun_phrase((1, o.shape, o.color, o.size))
         place = f"to the {place}" if place in ("left of", "right of") else place
-        if rng.random() < 0.5:
+        before = _name(previous.shape, previous.color, None)
+        is_alone = sum(_suits(other, previous.shape, previous.color, None) for other in scene.objects) == 1
+        if rng.random() < 0.5 or not is_alone:
             yield f"{place.capitalize()} it is {phrase}."
         else:
-            before = _name(previous.shape, previous.color, None)
             yield f"{phrase.capitalize()} {rng.choice(('is', 'stands'))} {place} {before}."
 
 
