@@ -334,7 +334,7 @@ def push(
     if not any((folder / name).is_file() for name in ("model_index.json", "adapter_model.safetensors")):
         raise ValueError(f"{folder} has no model_index.json: not a model's folder; nor is it an adapter's")
     api = HfApi()
-    ignored = ["trainer/*", "data/*", "*__pycache__*", "source.json", "training_args.bin"]
+    ignored = ["trainer/*", "data/*", "samples/*", "*__pycache__*", "source.json", "training_args.bin"]
     repo = api.create_repo(repo_id, exist_ok=True)
     typer.echo(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored).commit_url)
 

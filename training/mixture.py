@@ -338,7 +338,7 @@ class MixtureReader:
             return conversation(source.task, record, self.processor, rng, source.columns, records.options, *sizes)
         except RecordError as error:
             return _reason(error)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:  # of an option's value
             raise ValueError(f"{source}: record {row['index']}: {error}") from error
 
     def _ids(self, row: dict[str, Any], turns: list[str], codes: list[torch.Tensor]) -> dict[str, Any] | str:

@@ -266,7 +266,7 @@ def _described(run: Run) -> list[str]:
     trained = "all trained" if run.rank is None else f"frozen, with LoRA of rank {run.rank}"
     checkpointing = "with" if run.checkpointing else "without"
     return [
-        f"{run.shape.total:,} weights, {trained}, on {run.num_gpus} GPUs",
+        f"{run.shape.total:,} weights, {trained}, on {run.num_gpus} GPU{'s' * (run.num_gpus > 1)}",
         f"{run.batch_size} records of up to {run.length:,} ids at a time, {checkpointing} gradient checkpointing",
     ]
 
@@ -278,9 +278,12 @@ def _rows(run: Run) -> list[str]:
 
 
 def _advice(run: Run, limit: float) -> list[str]:
-    lines = []
+    lines, least = [], total_bytes(run)
     for change, changed in changes(run):
         needed = total_bytes(changed)
+        if needed >= least:  # accumulation keeps gradients while activations are made
+            continue
+        least = needed
         lines.append(f"  {change}: {needed / GIB:.2f} GiB{', which fits' if needed <= limit else ''}")
         if needed <= limit:
             return lines
