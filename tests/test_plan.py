@@ -107,7 +107,7 @@ def recipe_7b(tmp_path, tiny_processor):
     LuminaMGPTConfig(image_layout=layout, residual_dropout=0.05).save_pretrained(tmp_path)
 
     def make(**values):
-        mixture = {"target_px": 512, "sources": [{"task": "text-to-image"}, {"task": "caption"}]}
+        mixture = {"target_px": 512, "sources": [{"task": task, "path": "x"} for task in ("text-to-image", "caption")]}
         return SFTRecipe(**{"output_dir": "", "model": str(tmp_path), "mixture": mixture, "sft": {}, **values})
 
     return make
@@ -133,7 +133,7 @@ def test_every_recipe_can_be_planned_before_its_model_is_there(path, monkeypatch
 
 def test_longest_record_follows_the_tasks(recipe_7b):
     def length(task, **values):
-        mixture = {"target_px": 512, "sources": [{"task": "caption"}, {"task": task}], **values}
+        mixture = {"target_px": 512, "sources": [{"task": name, "path": "x"} for name in ("caption", task)], **values}
         return run_of(recipe_7b(mixture=mixture), 1).length
 
     assert length("caption") < length("depth") < length("chat") == 4096

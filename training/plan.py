@@ -10,6 +10,7 @@ of one byte a number (the CPU's: of the numbers' size); what its libraries take 
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -237,8 +238,9 @@ def _config(recipe: SFTRecipe) -> LuminaMGPTConfig:
 
 
 def _existing_config(model: str, values: dict[str, Any]) -> LuminaMGPTConfig:
+    is_repo = "/" in model and not Path(model).exists()
     try:
-        return LuminaMGPTConfig.from_pretrained(model, **values)
+        return LuminaMGPTConfig.from_pretrained(model, local_files_only=not is_repo, **values)
     except OSError:
         named = [(shape, codes) for name, (shape, codes) in PUBLISHED.items() if name in model.lower()]
         if not named:
