@@ -26,7 +26,7 @@ from modeling_lumina_mgpt.training.sft import load_recipe, train
 from modeling_lumina_mgpt.training.trainer import LuminaMGPTTrainer, last_checkpoint
 
 TASKS = ("text-to-image", "vqa", "edit", "depth")
-NUM_RECORDS, NUM_STEPS = 32, 5
+NUM_RECORDS, NUM_STEPS, ROW = 32, 5, 1024
 FSDP = {
     "ACCELERATE_USE_FSDP": "true",
     "FSDP_VERSION": "2",
@@ -58,7 +58,11 @@ def losses(folder: Path, name: str, num_processes: int = 1, flags: tuple[str, ..
     sft = {"max_steps": NUM_STEPS, "save_steps": NUM_STEPS, "learning_rate": 1e-3, "logging_steps": 1, "bf16": False}
     sft |= {"per_device_train_batch_size": NUM_RECORDS, "report_to": "none", "disable_tqdm": True}
     recipe = {"output_dir": str(folder / name), "model": str(default_checkpoint()), "tokenized": str(folder / "data")}
-    recipe |= {"mixture": {"target_px": 64, "sources": sources}, "sft": sft | values.pop("sft", {}), **values}
+    recipe |= {
+        "mixture": {"target_px": 64, "sources": sources, "max_length": ROW},
+        "sft": sft | values.pop("sft", {}),
+        **values,
+    }
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
@@ -87,7 +91,7 @@ def main() -> None:
         first = losses(folder, "first")
         ways = {
             "full logits": losses(folder, "logits", flags=("--with-logits",)),
-            "packed in rows of 1,024": losses(folder, "packed", pack_tokens=1024),
+            "packed in rows of 1,024": losses(folder, "packed", pack_tokens=ROW),
             "4 batches accumulated": losses(folder, "accumulated", **quarter),
             "straight from images": losses(folder, "images", tokenized=None),
             "2 processes, DDP": losses(folder, "ddp", 2, **half),

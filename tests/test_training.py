@@ -149,6 +149,26 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     assert not torch.equal(before, adapted) and torch.equal(before, draw())
 
 
+def test_a_folder_holds_one_run(recipe):
+    train(recipe("run", lora={"r": 4}, max_steps=1))
+    with pytest.raises(ValueError, match=r"lora {'r': 2}: the run in .* has {'r': 4}; set it back"):
+        train(recipe("run", lora={"r": 2}, max_steps=1))
+    with pytest.raises(ValueError, match="model 'nowhere': neither a folder nor a repo"):
+        train(recipe("other", model="nowhere"))
+
+
+def test_a_folder_of_pictures(recipe, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    lines = ["file_name,text"]
+    for i in range(3):
+        Image.new("RGB", (70, 50), (80 * i, 9, 9)).save(tmp_path / "pictures" / f"{i}.png")
+        lines.append(f"{i}.png,picture {i}")
+    (tmp_path / "pictures" / "metadata.csv").write_text("\n".join(lines))
+    source = {"task": "text-to-image", "path": str(tmp_path / "pictures"), "columns": {"caption": "text"}}
+    train(recipe("run", {"target_px": 64, "sources": [source]}, max_steps=2))
+    assert (tmp_path / "run" / "model_index.json").exists()
+
+
 def test_evaluation_is_of_held_out_scenes_by_task(recipe, tmp_path):
     held_out = {"target_px": 64, "sources": [{**tabletop(3, "depth")["sources"][0], "split": "validation"}]}
     made = recipe("run", max_steps=2, evaluation=held_out, eval_strategy="steps", eval_steps=1)

@@ -139,7 +139,7 @@ class Mixture:
         listed = "; ".join(f"{len(indices)} such as record {indices[0]}: {reasons[indices[0]]}" for indices in common)
         raise ValueError(
             f"{self.sources[number]}: {len(reasons)} of {num_records} records skipped, more than max_skipped"
-            f" {self.max_skipped:g} allows ({listed}). Mend the source, or raise max_skipped"
+            f" {self.max_skipped:g} allows ({listed}). Mend the source, or raise max_skipped in the recipe's mixture"
         )
 
 

@@ -40,7 +40,7 @@ from .tabletop import SEGMENT_COLORS, tabletop_texts
 from .tokenize_dataset import HUB, load_tokenized, tokenize
 from .train_tokenizer import build_tokenizer
 from .train_vq import VQRecipe
-from .trainer import IGNORED_LABEL, Collator, LuminaMGPTTrainer, SampleCallback, pack
+from .trainer import IGNORED_LABEL, Collator, LuminaMGPTTrainer, SampleCallback, last_checkpoint, pack
 
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -184,8 +184,10 @@ def load_recipe(path: str | Path) -> "SFTRecipe | VQRecipe":
     kind: Any = SFTRecipe if trainer == "sft" else VQRecipe
     try:
         return kind(**values)
-    except (TypeError, ValueError) as error:
+    except TypeError as error:
         raise ValueError(f"{path}: {error}; accepted are {', '.join(kind.__dataclass_fields__)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
@@ -217,8 +219,17 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
 
 
 def make_start(recipe: SFTRecipe) -> str:
-    """Where the run starts from; of a run from scratch it is made, all at once, if it is not there."""
+    """Where the run starts from; of a run from scratch it is made, all at once, if it is not there.
+
+    Raises:
+        ValueError: if the model is no folder, and no name of a repo either.
+    """
     start = Path(recipe.start)
+    if recipe.model and "/" not in recipe.model and not start.exists():
+        raise ValueError(
+            f"model {recipe.model!r}: neither a folder nor a repo NAMESPACE/NAME; `lumina-mgpt convert` makes a folder"
+            " of a published checkpoint"
+        )
     if recipe.from_scratch and not start.exists():
         part = start.with_name(f"{start.name}.part")
         new_pipeline(recipe.from_scratch).save_pretrained(part)
@@ -234,6 +245,7 @@ def train(recipe: SFTRecipe) -> None:
     """
     # 1. The model
     arguments = sft_config(recipe)
+    _check_same_run(recipe)
     with arguments.main_process_first(local=False):  # checkpoints need a disk that all machines see, too
         start = make_start(recipe)
     model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
@@ -284,10 +296,26 @@ def train(recipe: SFTRecipe) -> None:
     if recipe.lora is not None:
         pipe.register_modules(transformer=trained.get_base_model())
         pipe.save_lora_weights(recipe.output_dir)
+        print(f"the adapter is in {recipe.output_dir}")
         return
     trained.config, trained.generation_config = config, generation_config
     pipe.register_modules(transformer=trained)
     save_folder(pipe, recipe, recipe.output_dir)
+    print(f"the model is in {recipe.output_dir}")
+
+
+def _check_same_run(recipe: SFTRecipe) -> None:
+    """ValueError if the folder's checkpoints are of other weights than the recipe's."""
+    path = Path(recipe.output_dir) / "trainer" / "recipe.yaml"
+    if not path.exists() or not last_checkpoint(path.parent):
+        return
+    before = yaml.safe_load(path.read_text())
+    for name in ("model", "from_scratch", "lora", "quantization"):
+        if before.get(name) != (now := getattr(recipe, name)):
+            raise ValueError(
+                f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take another"
+                " output_dir"
+            )
 
 
 def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path) -> None:
