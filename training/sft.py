@@ -313,8 +313,8 @@ def _check_same_run(recipe: SFTRecipe) -> None:
     for name in ("model", "from_scratch", "lora", "quantization"):
         if before.get(name) != (now := getattr(recipe, name)):
             raise ValueError(
-                f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take another"
-                " output_dir"
+                f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take "
+                "another output_dir"
             )
 
 
