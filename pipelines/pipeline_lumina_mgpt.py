@@ -81,9 +81,9 @@ tags: [lora]
 A LoRA of `{base}`, of rank {rank}, beside its {targets}.
 
 ```python
-from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+from diffusers import DiffusionPipeline
 
-pipe = LuminaMGPTPipeline.from_pretrained("{base}")
+pipe = DiffusionPipeline.from_pretrained("{base}", trust_remote_code=True)
 pipe.load_lora_weights("{name}")  # this folder or repo
 pipe("a large red sphere").images[0].save("picture.png")
 ```

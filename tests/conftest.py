@@ -1,5 +1,7 @@
 """Fixtures that every test may ask for: a tiny processor with its parts, all made in code."""
 
+import os
+
 import pytest
 import torch
 from diffusers import VQModel
@@ -15,6 +17,8 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training.train_tokenizer import build_tokenizer
 
 __all__ = ["hub"]
+torch.set_num_threads(1)  # tests run in as many processes as there are cores
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # what they start, too
 NUM_CODES, SIZE_UNIT_PX, CODES_PER_SIZE_UNIT = 64, 16, 2
 TEXTS = ["Generate an image of 64x32 according to the following prompt:\na red sphere and a blue cube."]
 
