@@ -414,4 +414,4 @@ def _judged(pipe: LuminaMGPTPipeline, num_per_category: int) -> dict[str, float]
     from .evaluate import score
 
     report, _ = score(pipe, num_per_category)
-    return {f"judge_{name}": value["rate"] for name, value in report["scores"].items()}
+    return {f"judge_{name.replace(' ', '_')}": value["rate"] for name, value in report["scores"].items()}
