@@ -20,7 +20,7 @@ from diffusers import VQModel
 from diffusers.utils import make_image_grid
 from peft import LoraConfig
 from PIL import Image
-from transformers import BitsAndBytesConfig, GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig, set_seed
 from trl import SFTConfig
 
 from modeling_lumina_mgpt import (
@@ -271,6 +271,7 @@ def train(recipe: SFTRecipe) -> None:
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
+    set_seed(arguments.seed)  # an adapter's first weights are drawn
     trainer = LuminaMGPTTrainer(
         model=model,
         args=arguments,
