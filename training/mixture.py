@@ -239,6 +239,25 @@ def _open(source: Source) -> Any:
     return dataset.select(range(min(source.num_records, len(dataset))))
 
 
+class Skipped:
+    """Reasons by index, for each source, as far as records were seen; ValueError once they are too many.
+
+    Args:
+        num_records: of each source; None for a stream.
+    """
+
+    def __init__(self, mixture: Mixture, num_records: list[int | None]):
+        self.mixture, self.num_records = mixture, num_records
+        self.num_seen = [0] * len(num_records)
+        self.reasons: list[dict[int, str]] = [{} for _ in num_records]
+
+    def add(self, number: int, num_seen: int, reasons: dict[int, str]) -> None:
+        self.num_seen[number] += num_seen
+        self.reasons[number] |= reasons
+        num_records = self.num_records[number] or max(self.num_seen[number], MIN_SEEN)
+        self.mixture.check_skipped(number, self.reasons[number], num_records)
+
+
 class MixtureReader:
     """A mixture's records as ids and labels, straight from images.
 
@@ -252,6 +271,7 @@ class MixtureReader:
     Attributes:
         dataset: rows `source` and `index` (map-style, weighted), or, if a source streams, an `IterableDataset` in
             which streamed rows also have their `record`. Its order is the same each time.
+        num_records: of each source; None for a stream.
         skipped: reasons by index, for each source.
     """
 
@@ -259,8 +279,9 @@ class MixtureReader:
         self.mixture, self.processor = mixture, processor
         self.max_length, self.random_crop = max_length, random_crop
         self.sources = [Records(source, mixture, processor) for source in mixture.sources]
-        self.skipped: list[dict[int, str]] = [{} for _ in self.sources]
-        self.num_seen = [0] * len(self.sources)
+        self.num_records = [records.num_records for records in self.sources]
+        self._skips = Skipped(mixture, self.num_records)
+        self.skipped = self._skips.reasons
         self.dataset = self._stream() if mixture.streams else self._index()
 
     def passes(self, seed: int) -> IterableDataset:
@@ -271,8 +292,8 @@ class MixtureReader:
         return IterableDataset.from_generator(partial(_mixed_rows, self.sources, self.mixture))
 
     def _index(self) -> Dataset:
-        sizes = enumerate(records.num_records or 0 for records in self.sources)
-        rows = [{"source": np.full(size, number), "index": np.arange(size)} for number, size in sizes]
+        sizes = enumerate(self.num_records)
+        rows = [{"source": np.full(size or 0, number), "index": np.arange(size or 0)} for number, size in sizes]
         return self.mixture.mix([Dataset.from_dict(own) for own in rows])
 
     def encode(self, rows: Sequence[dict[str, Any]], epoch: int = 0) -> list[dict[str, Any]]:
@@ -286,7 +307,7 @@ class MixtureReader:
         """
         kept = self._kept(rows, epoch)
         number, index = rows[0]["source"], rows[0]["index"]
-        num_records = self.sources[number].num_records or 1
+        num_records = self.num_records[number] or 1
         others = ((index + step) % num_records for step in range(1, num_records))
         while not kept:
             following = next(others, None)
@@ -299,14 +320,11 @@ class MixtureReader:
         kept = []
         for row, encoded in zip(rows, self.attempt(rows, epoch), strict=True):
             number, index = row["source"], row["index"]
-            self.num_seen[number] += 1
             if not isinstance(encoded, str):
                 kept.append({**encoded, "epoch": row["epoch"]} if "epoch" in row else encoded)
             elif index not in self.skipped[number]:
-                self.skipped[number][index] = encoded
                 logger.warning("%s: record %d skipped: %s", self.mixture.sources[number], index, encoded)
-                num_records = self.sources[number].num_records or max(self.num_seen[number], MIN_SEEN)
-                self.mixture.check_skipped(number, self.skipped[number], num_records)
+            self._skips.add(number, 1, {index: encoded} if isinstance(encoded, str) else {})
         return kept
 
     def attempt(self, rows: Sequence[dict[str, Any]], epoch: int = 0) -> list[dict[str, Any] | str]:

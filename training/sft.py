@@ -30,6 +30,7 @@ from modeling_lumina_mgpt import (
     LuminaMGPTProcessor,
 )
 from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
+from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 from modeling_lumina_mgpt.uni_rep import is_whole
@@ -40,7 +41,7 @@ from .tabletop import SEGMENT_COLORS, tabletop_texts
 from .tokenize_dataset import HUB, load_tokenized, tokenize
 from .train_tokenizer import build_tokenizer
 from .train_vq import VQRecipe
-from .trainer import IGNORED_LABEL, Collator, LuminaMGPTTrainer, SampleCallback, last_checkpoint, pack
+from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, last_checkpoint, pack
 
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -244,13 +245,16 @@ def train(recipe: SFTRecipe) -> None:
         Diverged, Stopped: see `LuminaMGPTTrainer`.
     """
     # 1. The model
-    arguments = sft_config(recipe)
+    arguments, adapter = sft_config(recipe), lora_config(recipe)
     _check_same_run(recipe)
     with arguments.main_process_first(local=False):  # checkpoints need a disk that all machines see, too
         start = make_start(recipe)
     model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
     pipe = LuminaMGPTPipeline.from_pretrained(start, transformer=model, dtype=torch.float32)
     processor = pipe.processor
+    alone = max(arguments.train_batch_size, arguments.eval_batch_size) == 1
+    if recipe.pack_tokens and "flash" in str(model.config._attn_implementation) and not alone:
+        raise ValueError("pack_tokens with flash attention: accepted are batches of one row, in evaluation, too")
     if recipe.tokenized or arguments.dataloader_num_workers == 0:  # else loader processes encode, which share no GPU
         pipe.vqvae.to(arguments.device)
 
@@ -265,10 +269,6 @@ def train(recipe: SFTRecipe) -> None:
     common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
     common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed}
 
-    alone = max(arguments.train_batch_size, arguments.eval_batch_size) == 1
-    if recipe.pack_tokens and "flash" in str(model.config._attn_implementation) and not alone:
-        raise ValueError("pack_tokens with flash attention: accepted are batches of one row, in evaluation, too")
-
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
     set_seed(arguments.seed)  # an adapter's first weights are drawn
@@ -280,7 +280,7 @@ def train(recipe: SFTRecipe) -> None:
         data_collator=Collator(**common, context_drop=recipe.context_drop, encode=encode),
         eval_collator=Collator(**common),
         processing_class=processor.tokenizer,
-        peft_config=lora_config(recipe),
+        peft_config=adapter,
         spike_factor=recipe.spike_factor,
         max_skipped_steps=recipe.max_skipped_steps,
         extra_metrics=lambda: _judged(pipe, recipe.judge_per_category),
@@ -291,9 +291,13 @@ def train(recipe: SFTRecipe) -> None:
     trainer.train()
 
     # 4. What is left of it
-    trained: Any = gather_model(trainer)  # on all processes, but only the first has it
-    if trained is None:
-        return
+    trained = gather_model(trainer)  # on all processes, but only the first has it
+    if trained is not None:
+        _save_result(pipe, trained, config, generation_config, recipe)
+
+
+def _save_result(pipe: LuminaMGPTPipeline, trained: Any, config, generation_config, recipe: SFTRecipe) -> None:
+    """Writes the adapter, or the Hub folder with the configurations as they were before the run."""
     if recipe.lora is not None:
         pipe.register_modules(transformer=trained.get_base_model())
         pipe.save_lora_weights(recipe.output_dir)
@@ -402,7 +406,6 @@ def _add_samples(trainer: LuminaMGPTTrainer, pipe: LuminaMGPTPipeline, recipe: S
 
     def draw() -> Image.Image:
         generators = [torch.Generator().manual_seed(seed) for seed in range(len(prompts))]
-        trainer.model.eval()
         return make_image_grid(pipe(prompts, generator=generators).images, 1, len(prompts))
 
     trainer.add_callback(SampleCallback(trainer, draw, steps, Path(recipe.output_dir) / "samples"))

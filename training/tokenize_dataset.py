@@ -1,7 +1,7 @@
 """Tokenizing ahead: a mixture's records as ids, in Parquet shards that `datasets` loads and the Hub shows.
 
     lumina-mgpt tokenize recipe.yaml                                  # or, on several GPUs,
-    torchrun --nproc_per_node 8 $(which lumina-mgpt) tokenize recipe.yaml
+    torchrun --nproc_per_node 8 --no-python lumina-mgpt tokenize recipe.yaml
 
 A folder holds `data/<source>-<name>-<shard>.parquet`, `mixture.json` (what they are of), `skipped.jsonl` (what is not
 in them, and why) and a dataset card. A shard is a fixed range of a source's records and appears when it is whole, so
@@ -37,7 +37,7 @@ from tqdm.auto import tqdm
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTProcessor
 
-from .mixture import MIN_SEEN, Mixture, MixtureReader, Source, read_mixture
+from .mixture import Mixture, MixtureReader, Skipped, Source, read_mixture
 
 SHARD_RECORDS = 512
 BATCH_RECORDS = 64  # whose pictures become codes in one go
@@ -95,19 +95,19 @@ def tokenize(
         ValueError: if the folder is of another mixture or model, or if too many records are skipped.
     """
     folder, reader = Path(folder), MixtureReader(mixture, processor, max_length)
-    _claim(folder, _manifest(mixture, processor) | {"max_length": max_length, "num_records": _sizes(reader)})
+    _claim(folder, _manifest(mixture, processor) | {"max_length": max_length, "num_records": reader.num_records})
     if num_proc is None:
         num_cpus = (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         num_proc = max(1, num_cpus) if processor.vqvae.device.type == "cpu" else 1
     if (folder / "skipped.jsonl").exists() and not _missing(folder):
         return
     own = (shard for place, shard in enumerate(_shards(reader, folder)) if place % world_size == rank)
-    skipped = Skipped(mixture, _sizes(reader))
+    skipped = Skipped(mixture, reader.num_records)
     for path in sorted(folder.glob("data/*.parquet")):
-        skipped.add(_notes(path))
+        _count(skipped, _notes(path))
     with tqdm(desc="tokenizing", unit=" records", disable=rank != 0) as progress:
         for notes in _make(reader, (shard for shard in own if not shard[0].exists()), num_proc):
-            skipped.add(notes)
+            _count(skipped, notes)
             progress.update(notes["num_seen"])
     if not _missing(folder):
         _finish(folder, mixture)
@@ -192,10 +192,6 @@ def _digest(vqvae) -> str:
         if name.startswith(("encoder.", "quant_conv.", "quantize.")):
             found.update(name.encode() + weight.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()
-
-
-def _sizes(reader: MixtureReader) -> list[int | None]:
-    return [records.num_records for records in reader.sources]
 
 
 def _claim(folder: Path, manifest: dict[str, Any]) -> None:
@@ -330,6 +326,10 @@ def _notes(path: Path) -> dict[str, Any]:
     return json.loads(pq.read_schema(path).metadata[NOTES])
 
 
+def _count(skipped: Skipped, notes: dict[str, Any]) -> None:
+    skipped.add(notes["source"], notes["num_seen"], dict(notes["skipped"]))
+
+
 def _write(path: Path, content: bytes) -> None:
     """A file that appears when it is whole and on the disk; what a killed process has left of it goes."""
     for part in path.parent.glob(f".{path.name}.*.part"):
@@ -359,28 +359,12 @@ def _is_written(part: Path) -> bool:
         return False
 
 
-class Skipped:
-    """Reasons by index, for each source, as far as shards are made; ValueError once they are too many."""
-
-    def __init__(self, mixture: Mixture, num_records: list[int | None]):
-        self.mixture, self.num_records = mixture, num_records
-        self.num_seen = [0] * len(num_records)
-        self.reasons: list[dict[int, str]] = [{} for _ in num_records]
-
-    def add(self, notes: dict[str, Any]) -> None:
-        number = notes["source"]
-        self.num_seen[number] += notes["num_seen"]
-        self.reasons[number] |= {index: reason for index, reason in notes["skipped"]}
-        num_records = self.num_records[number] or max(self.num_seen[number], MIN_SEEN)
-        self.mixture.check_skipped(number, self.reasons[number], num_records)
-
-
 def _finish(folder: Path, mixture: Mixture) -> None:
     """Lists what all shards have skipped; whichever process comes last does, or several the same."""
     num_records = json.loads((folder / "mixture.json").read_text())["num_records"]
     skipped = Skipped(mixture, num_records)
     for path in sorted(folder.glob("data/*.parquet")):
-        skipped.add(_notes(path))
+        _count(skipped, _notes(path))
     lines = [
         {"source": number, "path": source.path, "task": source.task, "index": index, "reason": reason}
         for number, (source, reasons) in enumerate(zip(mixture.sources, skipped.reasons, strict=True))

@@ -30,7 +30,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
-IGNORED_LABEL = -100
+from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL
+
 WHOLE = "whole"  # the file that a checkpoint gets last
 LOGGED = 40  # log entries whose median loss a spike is measured by; with fewer than five losses there are no spikes
 # Dense bfloat16 FLOPs a second, from the makers' data sheets.
