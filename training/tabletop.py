@@ -15,6 +15,8 @@ from PIL import Image
 
 from .drawing import draw_skeletons
 from .tabletop_language import (
+    ANSWERS,
+    EDITS,
     QUESTIONS,
     describe_at_length,
     describe_with_mannequin,
@@ -44,6 +46,7 @@ from .tabletop_scenes import (
     SHAPES,
     SIZES,
     SPLITS,
+    SURFACES,
     TABLES,
     WALLS,
     Caption,
@@ -62,7 +65,7 @@ from .tabletop_scenes import (
 
 __all__ = [
     "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SHAPES", "SIZES",
-    "SPLITS", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource",
+    "SPLITS", "SURFACES", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource",
     "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase", "parse", "render",
     "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
     "tabletop_texts", "to_image",
@@ -177,17 +180,32 @@ def _sample_plan(task: str, rng: random.Random, size: tuple[int, int], split: st
     if task == "chat":
         return Plan(size, (), {"conversations": _messages(sample_dialogue(rng, split))})
     with_mannequin = rng.random() < MANNEQUIN_SHARE.get(task, 0.0)
-    num_objects = rng.randint(1, 4) if task in ("vqa", "image-to-text") else None
-    kind = rng.choice(list(QUESTIONS))
+    kinds, answer = _sample_kinds(task, rng)
     while True:
+        num_objects = rng.randint(1, 4) if task in ("vqa", "image-to-text") else None
         scene = sample_split_scene(rng, *size, split, num_objects=num_objects, with_mannequin=with_mannequin)
-        plan = _say(task, rng, size, split, scene, kind)
+        plan = _say(task, rng, size, split, scene, kinds, answer)
         if plan is not None:
             return plan
-        num_objects = rng.randint(1, 4) if num_objects else None
 
 
-def _say(task: str, rng: random.Random, size: tuple[int, int], split: str, scene: Scene, kind: str) -> Plan | None:
+def _sample_kinds(task: str, rng: random.Random) -> tuple[tuple[str, ...], str | None]:
+    """Kinds of what a record asks for, and the answer, each as likely; before a scene that allows them is looked for."""
+    if task == "edit":
+        return tuple(rng.choices(list(EDITS), k=rng.choice((1, 1, 2, 3)))), None
+    kind = rng.choice(list(QUESTIONS))
+    return (kind,), rng.choice(ANSWERS[kind]) if kind in ANSWERS else None
+
+
+def _say(
+    task: str,
+    rng: random.Random,
+    size: tuple[int, int],
+    split: str,
+    scene: Scene,
+    kinds: tuple[str, ...],
+    answer: str | None,
+) -> Plan | None:
     """The words of a task about a scene, and what else they need; None if there are none."""
     try:
         if task in ("text-to-image", "restore"):
@@ -203,16 +221,16 @@ def _say(task: str, rng: random.Random, size: tuple[int, int], split: str, scene
     except ValueError:  # no sentence in this split
         return None
     if task == "vqa":
-        asked = sample_question(scene, kind, rng)
-        return Plan(size, (scene,), {"question": asked[0], "answer": asked[1]}, (kind,)) if asked else None
+        asked = sample_question(scene, *kinds, rng, answer)
+        return Plan(size, (scene,), {"question": asked[0], "answer": asked[1]}, kinds) if asked else None
     if task == "image-to-text":
         return _talk(rng, size, scene)
     if task == "edit":
-        edits = sample_edits(scene, rng, *size, rng.choice((1, 1, 2, 3)), split)
+        edits = sample_edits(scene, rng, *size, kinds, split)
         if not edits:
             return None
         words = {"instructions": [edit.instruction for edit in edits]}
-        return Plan(size, (scene, *(e.scene for e in edits)), words, tuple(e.kind for e in edits))
+        return Plan(size, (scene, *(e.scene for e in edits)), words, kinds)
     if task == "detection":
         target = rng.randrange(len(scene.objects))
         phrase = refer(scene, target, rng)
@@ -227,7 +245,7 @@ def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: 
     shape, color, size_word = subject.combination
     while True:
         alone = sample_scene(rng, *size, 1, "any")
-        moved = replace(alone.objects[0], shape=shape, color=color, size=size_word)
+        moved = replace(alone.objects[0], shape=shape, color=color, size=size_word, surface=subject.surface)
         if fits(moved, (), *size):
             break
     reference = replace(alone, objects=(moved,))

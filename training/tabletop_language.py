@@ -14,9 +14,10 @@ from .tabletop_scenes import (
     RELATION_MARGIN,
     SHAPES,
     SIZES,
+    SPACING,
     SPLITS,
+    SURFACES,
     TABLES,
-    YAWS,
     Scene,
     SceneObject,
     describe,
@@ -28,7 +29,7 @@ from .tabletop_scenes import (
     split_of_sentence,
 )
 
-STEP = {"x": 1.1, "z": 1.4}  # table units that an object is moved by
+STEP = {"x": 2 * SPACING["x"], "z": SPACING["z"]}  # table units that an object is moved by
 RELATIONS = {"left of": ("x", -1), "right of": ("x", 1), "in front of": ("z", -1), "behind": ("z", 1)}
 
 
@@ -111,7 +112,7 @@ def describe_with_mannequin(scene: Scene, rng: random.Random, split: str) -> str
 
 
 def describe_at_length(scene: Scene, rng: random.Random, split: str) -> str:
-    """Several sentences: how many objects, each with where it is, then the table and the light."""
+    """Several sentences: how many objects, each with where it is, then the table and the wall."""
     for _ in range(100):
         text = " ".join([*_opening(scene, rng), *_placed_objects(scene, rng), *_surroundings(scene, rng)])
         if split_of_sentence(text) == split:
@@ -133,10 +134,10 @@ def _placed_objects(scene: Scene, rng: random.Random) -> Iterator[str]:
     first, *others = scene.objects
     is_leftmost = others and all(stands(first, "left of", o) for o in others)
     opening = "On the left is" if is_leftmost else rng.choice(("There is", "The image shows", "One can see"))
-    yield f"{opening} {noun_phrase((1, first.shape, first.color, first.size))}."
+    yield f"{opening} {_full_phrase(first)}."
     for previous, o in pairwise(scene.objects):
         place = rng.choice([relation for relation in RELATIONS if stands(o, relation, previous)])
-        phrase = noun_phrase((1, o.shape, o.color, o.size))
+        phrase = _full_phrase(o)
         place = f"to the {place}" if place in ("left of", "right of") else place
         before = _name(previous.shape, previous.color, None)
         is_alone = sum(_suits(other, previous.shape, previous.color, None) for other in scene.objects) == 1
@@ -146,11 +147,14 @@ def _placed_objects(scene: Scene, rng: random.Random) -> Iterator[str]:
             yield f"{phrase.capitalize()} {rng.choice(('is', 'stands'))} {place} {before}."
 
 
+def _full_phrase(o: SceneObject) -> str:
+    """With the surface, unless it is the common one."""
+    return noun_phrase((1, o.shape, o.color, o.size), None if o.surface == "matte" else o.surface)
+
+
 def _surroundings(scene: Scene, rng: random.Random) -> Iterator[str]:
-    side = "right" if scene.light_azimuth > 0 else "left"
-    table = rng.choice((f"The table is {scene.table}.", f"It is a {scene.table} table."))
-    light = rng.choice((f"The light comes from the {side}.", f"It is lit from the {side}."))
-    yield from (table, f"The wall is {('white', 'gray')[scene.wall]}.", light)
+    yield rng.choice((f"The table is {scene.table}.", f"It is a {scene.table} table."))
+    yield f"The wall is {('white', 'gray')[scene.wall]}."
 
 
 # --- questions -------------------------------------------------------------------------------------------------------
@@ -164,23 +168,24 @@ def questions(scene: Scene, kind: str) -> dict[str, list[str]]:
     return asked
 
 
-def sample_question(scene: Scene, kind: str, rng: random.Random) -> tuple[str, str] | None:
-    """A question of a kind and its answer, each answer that the scene allows as likely; None if it allows none."""
+def sample_question(scene: Scene, kind: str, rng: random.Random, answer: str | None = None) -> tuple[str, str] | None:
+    """A question of a kind and its answer, the given one or each as likely; None if the scene allows none."""
     asked = questions(scene, kind)
-    if not asked:
+    if not asked or answer not in (None, *asked):
         return None
-    answer = rng.choice(sorted(asked))
+    answer = answer or rng.choice(sorted(asked))
     return rng.choice(asked[answer]), answer
 
 
 def _how_many(scene: Scene) -> Iterator[tuple[str, str]]:
     objects = scene.objects
-    for _ in SHAPES:  # as often as one shape
-        yield "How many objects are there?", NUMBER_WORDS[len(objects)]
+    yield "How many objects are there?", NUMBER_WORDS[len(objects)]
     for shape in SHAPES:
         yield f"How many {shape}s are there?", NUMBER_WORDS[sum(o.shape == shape for o in objects)]
     for color in COLORS:
         yield f"How many {color} objects are there?", NUMBER_WORDS[sum(o.color == color for o in objects)]
+    for surface in SURFACES:
+        yield f"How many {surface} objects are there?", NUMBER_WORDS[sum(o.surface == surface for o in objects)]
 
 
 def _singled_out(scene: Scene, *kept: str) -> Iterator[tuple[str, SceneObject]]:
@@ -201,6 +206,12 @@ def _what_shape(scene: Scene) -> Iterator[tuple[str, str]]:
     for kept in (("color",), ("color", "size"), ("size",)):
         for name, o in _singled_out(scene, *kept):
             yield f"What shape is {name}?", o.shape
+
+
+def _what_surface(scene: Scene) -> Iterator[tuple[str, str]]:
+    for kept in (("shape",), ("color",), ("color", "shape"), ("size",)):
+        for name, o in _singled_out(scene, *kept):
+            yield f"What surface does {name} have?", o.surface
 
 
 def _is_there(scene: Scene) -> Iterator[tuple[str, str]]:
@@ -245,10 +256,19 @@ QUESTIONS: dict[str, Callable[[Scene], Iterator[tuple[str, str]]]] = {
     "how many": _how_many,
     "what color": _what_color,
     "what shape": _what_shape,
+    "what surface": _what_surface,
     "is there": _is_there,
     "what is where": _what_is_where,
     "compare": _compare,
     "which is larger": _which_is_larger,
+}
+ANSWERS: dict[str, Sequence[str]] = {  # of the kinds that have always the same
+    "how many": NUMBER_WORDS,
+    "what color": [*COLORS],
+    "what shape": SHAPES,
+    "what surface": [*SURFACES],
+    "is there": ("yes", "no"),
+    "compare": ("yes", "no"),
 }
 
 
@@ -265,16 +285,17 @@ class Edit:
 
 
 def sample_edits(
-    scene: Scene, rng: random.Random, width_px: int, height_px: int, num_turns: int = 1, split: str = "test"
+    scene: Scene, rng: random.Random, width_px: int, height_px: int, kinds: Sequence[str], split: str = "test"
 ) -> list[Edit] | None:
     """A program of one or several edits in a row, each of a scene that the one before leaves; None if one fails.
 
     Args:
+        kinds: one of `EDITS` for each turn.
         split: an edit of "train" leads to none of the other splits' scenes, and one of "validation" to none of "test".
     """
     edits: list[Edit] = []
-    for _ in range(num_turns):
-        edit = _sample_edit(edits[-1].scene if edits else scene, rng, width_px, height_px, split)
+    for kind in kinds:
+        edit = _sample_edit(kind, edits[-1].scene if edits else scene, rng, width_px, height_px, split)
         if edit is None:
             return None
         words = edit.instruction
@@ -284,18 +305,18 @@ def sample_edits(
     return edits
 
 
-def _sample_edit(scene: Scene, rng: random.Random, width_px: int, height_px: int, split: str) -> Edit | None:
-    """Kinds are as likely as each other, as far as the scene allows them."""
+def _sample_edit(
+    kind: str, scene: Scene, rng: random.Random, width_px: int, height_px: int, split: str
+) -> Edit | None:
     allowed = {"train": ("train",), "validation": ("train", "validation")}.get(split, SPLITS)
-    for kind in rng.sample(list(EDITS), len(EDITS)):
-        for _ in range(24):
-            found = EDITS[kind](scene, rng, width_px, height_px)
-            if found is None:
-                continue
-            words, objects = found
-            after = replace(scene, objects=left_to_right(objects))
-            if split_of(after) in allowed and _all_fit(after, width_px, height_px):
-                return Edit(kind, words, after)
+    for _ in range(24):
+        found = EDITS[kind](scene, rng, width_px, height_px)
+        if found is None:
+            continue
+        words, objects = found
+        after = replace(scene, objects=left_to_right(objects))
+        if split_of(after) in allowed and _all_fit(after, width_px, height_px):
+            return Edit(kind, words, after)
     return None
 
 
@@ -320,21 +341,20 @@ def _remove(scene: Scene, rng: random.Random, width_px: int, height_px: int):
 
 
 def _add(scene: Scene, rng: random.Random, width_px: int, height_px: int):
-    """Beside, before or behind an object, at a fixed distance, so that there is one right place."""
+    """Beside, before or behind an object, as near as there is a place for it, so that there is one right place."""
     if len(scene.objects) > 3 or not (chosen := _chosen(scene, rng)):
         return None
     name, anchor, _ = chosen
     shape, color, size = rng.choice(SHAPES), rng.choice(list(COLORS)), rng.choice(list(SIZES))
+    surface = rng.choice((None, None, "metal", "wooden"))
     word = rng.choice(list(RELATIONS))
-    distance = (1.35 if word in ("left of", "right of") else 1.6) * (anchor.radius + SIZES[size])
-    x, z = {
-        "left of": (-distance, 0.0),
-        "right of": (distance, 0.0),
-        "in front of": (0.0, -distance),
-        "behind": (0.0, distance),
-    }[word]
-    added = SceneObject(shape, color, size, anchor.x + x, anchor.z + z, rng.choice(YAWS))
-    phrase = noun_phrase((1, shape, color, size))
+    axis, sign = RELATIONS[word]
+    for steps in range(1, 5):
+        place = {axis: getattr(anchor, axis) + sign * steps * SPACING[axis]}
+        added = replace(anchor, shape=shape, color=color, size=size, surface=surface or "matte", **place)
+        if fits(added, [anchor], width_px, height_px):
+            break
+    phrase = noun_phrase((1, shape, color, size), surface)
     words = rng.choice(("Add {} {} {}.", "Put {} {} {}.", "Place {} {} {}."))
     side = word if word in ("in front of", "behind") else rng.choice((word, f"to the {word}"))
     return words.format(phrase, side, name), (*scene.objects, added)

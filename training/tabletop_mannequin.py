@@ -11,12 +11,13 @@ JOINTS = (
 LIMBS = ((0, 1), (1, 2), (2, 3), (3, 4), (1, 5), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12), (12, 13))
 # Pairs of points and a radius in table units. Points 14 to 17 are no joints: toes (right, left), belly, chest.
 CAPSULES = (
-    *((0, 0, 0.24), (0, 1, 0.09), (2, 5, 0.11), (17, 16, 0.24), (8, 11, 0.15)),
-    *((2, 3, 0.10), (3, 4, 0.09), (5, 6, 0.10), (6, 7, 0.09)),
-    *((8, 9, 0.13), (9, 10, 0.105), (11, 12, 0.13), (12, 13, 0.105), (10, 14, 0.09), (13, 15, 0.09)),
+    *((0, 0, 0.31), (0, 1, 0.12), (2, 5, 0.14), (17, 16, 0.30), (8, 11, 0.19)),
+    *((2, 3, 0.14), (3, 4, 0.13), (5, 6, 0.14), (6, 7, 0.13)),
+    *((8, 9, 0.17), (9, 10, 0.14), (11, 12, 0.17), (12, 13, 0.14), (10, 14, 0.12), (13, 15, 0.12)),
 )
 COLOR = (0.90, 0.74, 0.50)
-UPPER_ARM, FOREARM, THIGH, SHIN, FOOT, TRUNK = 0.50, 0.47, 0.60, 0.57, 0.23, 0.76
+UPPER_ARM, FOREARM, THIGH, SHIN, FOOT, TRUNK = 0.65, 0.60, 0.76, 0.72, 0.28, 0.96
+VARIANTS = 8  # of each pose, and three ways to turn it: few enough for a small model to know them
 POSES = (
     "standing",
     "walking",
@@ -48,9 +49,9 @@ class Mannequin:
 
 def sample_mannequin(rng: random.Random, pose: str, x: float, z: float) -> Mannequin:
     """One in one of the `POSES`, its lowest point on the table at about (x, z)."""
-    body = _bend(pose, rng)
+    body = _bend(pose, random.Random(f"{pose}/{rng.randrange(VARIANTS)}"))
     lift = -min(min(body[a][1], body[b][1]) - radius for a, b, radius in CAPSULES)
-    yaw = math.radians(rng.uniform(-50, 50))
+    yaw = math.radians(rng.choice((-35, 0, 35)))
     cos, sin = math.cos(yaw), math.sin(yaw)
     points = tuple((x + left * cos + front * sin, up + lift, z + left * sin - front * cos) for left, up, front in body)
     return Mannequin(pose, x, z, points)
@@ -83,14 +84,14 @@ def _bend(pose: str, rng: random.Random) -> list[Vector]:
     trunk = (math.sin(sway), math.cos(sway) * math.cos(bow), math.cos(sway) * math.sin(bow))
     across = (math.cos(sway), -math.sin(sway), 0.0)
     neck = _along((0.0, 0.0, 0.0), trunk, TRUNK)
-    points: dict[int, Vector] = {0: _along(neck, trunk, 0.36), 1: neck, 16: _along((0.0, 0.0, 0.0), trunk, 0.20)}
-    points[17] = _along(neck, trunk, -0.21)
+    points: dict[int, Vector] = {0: _along(neck, trunk, 0.46), 1: neck, 16: _along((0.0, 0.0, 0.0), trunk, 0.25)}
+    points[17] = _along(neck, trunk, -0.26)
     for side, shoulder, hip, toe in ((-1, 2, 8, 14), (1, 5, 11, 15)):
-        points[shoulder] = _along(_along(neck, trunk, -0.08), across, 0.32 * side)
+        points[shoulder] = _along(_along(neck, trunk, -0.10), across, 0.41 * side)
         points[shoulder + 1], points[shoulder + 2] = _limb(
             points[shoulder], side, arms[side], UPPER_ARM, FOREARM, (0.0, math.sin(math.radians(arms[side][0])), 1.0)
         )
-        points[hip] = (0.17 * side, 0.0, 0.0)
+        points[hip] = (0.22 * side, 0.0, 0.0)
         points[hip + 1], points[hip + 2] = _limb(points[hip], side, legs[side], THIGH, SHIN, (0.0, 0.0, -1.0))
         points[toe] = _toe(points[hip + 1], points[hip + 2])
     return [points[i] for i in range(18)]

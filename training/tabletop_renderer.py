@@ -1,9 +1,12 @@
-"""Draws Tabletop's scenes by exact ray casting in torch, batch by batch: RGB, depth, normals, segmentation, boxes."""
+"""Draws Tabletop's scenes by exact ray casting in torch, batch by batch: RGB, depth, normals, segmentation, boxes.
+
+Table and wall are flat in color and no object casts a shadow beyond its own base: what a patch of the picture shows
+depends on the object that it shows, and on nothing far away.
+"""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from PIL import Image
@@ -11,20 +14,24 @@ from PIL import Image
 from .tabletop_mannequin import CAPSULES, JOINTS, Mannequin
 from .tabletop_mannequin import COLOR as MANNEQUIN_COLOR
 from .tabletop_scenes import (
-    CAMERA_HEIGHT,
+    CENTER_DEPTH,
+    CENTER_Z,
     COLORS,
+    CUBE_WIDTH,
     FAR,
-    FOCAL_LENGTH,
+    HALF_VIEW,
+    HORIZON,
     LIGHT_ELEVATION,
     NEAR,
     PITCH,
+    SURFACES,
     TABLES,
     WALLS,
     Scene,
     project,
 )
 
-Normals = Callable[[], torch.Tensor]  # shadows need none
+Hits = tuple[torch.Tensor, torch.Tensor]  # distances (objects, rays), inf for none, and normals (objects, rays, 3)
 MAX_FLESH = 0.3  # table units from the surface to a joint, if no other limb is in between
 
 
@@ -65,152 +72,130 @@ class Rendering:
 
 
 def render(scenes: Sequence[Scene], width_px: int, height_px: int, maps: bool = False) -> Rendering:
-    """Renders scenes at one size, with 2 x 2 samples a pixel for RGB and one at the pixel's center for the maps.
-
-    Each of the four samples looks at another point of the light, which makes the shadows soft.
-    """
+    """Renders scenes at one size, with 2 x 2 samples a pixel for RGB and one at the pixel's center for the maps."""
     rgb = torch.zeros(len(scenes), height_px, width_px, 3)
-    for sample, (dx, dy) in enumerate(((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75))):
-        origin, directions = _rays(scenes, width_px, height_px, dx, dy)
-        rgb += 0.25 * _shade(scenes, origin, directions, sample).view(rgb.shape)
+    for dx, dy in ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
+        rgb += 0.25 * _shade(scenes, _origins(width_px, height_px, dx, dy)).view(rgb.shape)
     if not maps:
         return Rendering(rgb.clamp(0, 1))
-    origin, directions = _rays(scenes, width_px, height_px, 0.5, 0.5)
-    depth, normals, segmentation = _maps(scenes, origin, directions)
+    depth, normals, segmentation = _maps(scenes, _origins(width_px, height_px, 0.5, 0.5))
     shape = (len(scenes), height_px, width_px)
     return Rendering(rgb.clamp(0, 1), depth.view(shape), normals.view(*shape, 3), segmentation.view(shape))
 
 
-def _rays(scenes, width_px, height_px, dx, dy) -> tuple[torch.Tensor, torch.Tensor]:
-    """Camera position `(3,)` and unit directions `(batch, pixels, 3)`."""
+def _origins(width_px: int, height_px: int, dx: float, dy: float) -> torch.Tensor:
+    """Where each pixel's ray starts, `(pixels, 3)`; all go along `_axes()[2]`."""
     half = min(width_px, height_px) / 2
     u = (torch.arange(width_px) + dx - width_px / 2) / half
     v = (height_px / 2 - torch.arange(height_px) - dy) / half
     v, u = torch.meshgrid(v, u, indexing="ij")
-    camera = torch.stack([u, v, torch.full_like(u, FOCAL_LENGTH)], -1).view(1, -1, 3)
-    directions = torch.nn.functional.normalize(camera @ _camera_to_world().T, dim=-1)
-    return torch.tensor([0.0, CAMERA_HEIGHT, 0.0]), directions.expand(len(scenes), -1, -1)
+    right, up, forward = _axes()
+    center = torch.tensor([0.0, 0.0, CENTER_Z]) - CENTER_DEPTH * forward
+    return center + HALF_VIEW * (u.reshape(-1, 1) * right + v.reshape(-1, 1) * up)
 
 
-def _camera_to_world() -> torch.Tensor:
+def _axes() -> torch.Tensor:
+    """Rows: the view's right, up and forward, in table axes."""
     cos, sin = math.cos(PITCH), math.sin(PITCH)
-    return torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, -sin], [0.0, sin, cos]])
+    return torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, sin], [0.0, -sin, cos]])
 
 
-def _light_directions(scenes: Sequence[Scene], sample: int) -> torch.Tensor:
-    """Unit vectors toward the light `(batch, 1, 3)`; the four samples are the corners of a square lamp."""
-    azimuth = torch.tensor([s.light_azimuth for s in scenes]) + (0.09, -0.09, -0.05, 0.05)[sample]
-    elevation = torch.full_like(azimuth, LIGHT_ELEVATION + (0.05, -0.05, 0.09, -0.09)[sample])
-    return torch.stack([elevation.cos() * azimuth.sin(), elevation.sin(), -elevation.cos() * azimuth.cos()], -1)[
-        :, None
-    ]
+def _shade(scenes: Sequence[Scene], origins: torch.Tensor) -> torch.Tensor:
+    """Colors `(batch, pixels, 3)`: Lambert shading and what each surface adds; a darker table where objects stand."""
+    distance, normals, index = _intersect(scenes, origins)
+    points = origins + distance[..., None] * _axes()[2]
+    palette, bases, surfaces = _properties(scenes)
+    azimuth = torch.tensor([scene.light_azimuth for scene in scenes])
+    level, height = torch.full_like(azimuth, math.cos(LIGHT_ELEVATION)), math.sin(LIGHT_ELEVATION)
+    light = torch.stack([level * azimuth.sin(), torch.full_like(azimuth, height), -level * azimuth.cos()], -1)
+    lit = 0.42 + 0.10 * normals[..., 1] + 0.62 * (normals * light[:, None]).sum(-1).clamp(min=0)
+    factor, gloss = _surface(points, bases.gather(1, index[..., None].expand(-1, -1, 3)), surfaces.gather(1, index))
+    color = palette.gather(1, index[..., None].expand(-1, -1, 3)) * (lit * factor)[..., None] + gloss[..., None]
+    tables = torch.tensor([TABLES[scene.table] for scene in scenes])[:, None]
+    walls = torch.tensor([WALLS[scene.wall] for scene in scenes])[:, None]
+    ground = torch.where((normals[..., 1] > 0.5)[..., None], tables * _shadow(bases, points)[..., None], walls)
+    return torch.where((index == 0)[..., None], ground, color)
 
 
-def _shade(scenes, origin, directions, sample) -> torch.Tensor:
-    """Colors `(batch, pixels, 3)`: Lambert shading, a soft highlight, cast shadow, darkening where objects stand."""
-    distance, normals, index = _intersect(scenes, origin, directions)
-    light = _light_directions(scenes, sample)
-    points = origin + directions * distance[..., None].clamp(max=60.0)
-    on_table = (index == 0) & (directions[..., 1] < 0)
-    lit = ~_occluded(scenes, points + 1e-3 * normals, light.expand_as(points))
-    lit = lit | ((index == 0) & ~on_table)
-
-    albedo = _albedo(scenes, index, points)
-    diffuse = (normals * light).sum(-1).clamp(min=0) * lit
-    halfway = torch.nn.functional.normalize(light - directions, dim=-1)
-    highlight = (normals * halfway).sum(-1).clamp(min=0) ** 30 * lit * (index > 0)
-    ambient = 0.42 + 0.10 * normals[..., 1]
-    ambient = ambient * torch.where(on_table, _contact_shadow(scenes, points), 1.0)
-    color = albedo * (ambient + 0.62 * diffuse)[..., None] + 0.28 * highlight[..., None]
-    walls = torch.tensor([WALLS[s.wall] for s in scenes])[:, None]
-    fade = ((points[..., 2] - 9.5) / 6.0).clamp(0, 1) * on_table + ((index == 0) & ~on_table)
-    fade = (fade * fade * (3 - 2 * fade))[..., None]
-    return color * (1 - fade) + walls * fade
-
-
-def _albedo(scenes, index, points) -> torch.Tensor:
-    palette = torch.zeros(len(scenes), 5, 3)
+def _properties(scenes: Sequence[Scene]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of each slot, 0 for none: color `(batch, 5, 3)`, x, z and radius `(batch, 5, 3)`, surface `(batch, 5)`."""
+    palette, bases = torch.zeros(len(scenes), 5, 3), torch.zeros(len(scenes), 5, 3)
+    surfaces = torch.zeros(len(scenes), 5, dtype=torch.long)
     for row, scene in enumerate(scenes):
-        palette[row, 0] = torch.tensor(TABLES[scene.table])
-        for slot, o in enumerate(scene.objects):
-            palette[row, slot + 1] = torch.tensor(COLORS[o.color])
-        if scene.mannequin:
+        for slot, o in enumerate(scene.objects, 1):
+            palette[row, slot] = torch.tensor(COLORS[o.color])
+            bases[row, slot] = torch.tensor([o.x, o.z, o.radius])
+            surfaces[row, slot] = [*SURFACES].index(o.surface)
+        if m := scene.mannequin:
             palette[row, len(scene.objects) + 1] = torch.tensor(MANNEQUIN_COLOR)
-    return palette.gather(1, index[..., None].expand(-1, -1, 3))
+            bases[row, len(scene.objects) + 1] = torch.tensor([m.x, m.z, m.radius])
+    return palette, bases, surfaces
 
 
-def _contact_shadow(scenes, points) -> torch.Tensor:
-    shade = torch.ones(points.shape[:2])
-    for row, scene in enumerate(scenes):
-        for o in scene.objects:
-            squared = (points[row, :, 0] - o.x) ** 2 + (points[row, :, 2] - o.z) ** 2
-            shade[row] *= 1 - 0.6 * torch.exp(-squared / (1.1 * o.radius) ** 2)
-        points_of = scene.mannequin.points if scene.mannequin else ()
-        for a, b, radius in CAPSULES if points_of else ():
-            x, y, z = (sum(ends) / 2 for ends in zip(points_of[a], points_of[b], strict=True))
-            squared = (points[row, :, 0] - x) ** 2 + (points[row, :, 2] - z) ** 2 + y**2
-            shade[row] *= 1 - 0.4 * torch.exp(-squared / (radius + 0.25) ** 2)
-    return shade
+def _surface(points: torch.Tensor, bases: torch.Tensor, surfaces: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the light is multiplied by, and what is added: wood has darker rings around its axis, metal two streaks."""
+    x, y, z = points[..., 0] - bases[..., 0], points[..., 1], points[..., 2] - bases[..., 1]
+    radius = bases[..., 2].clamp(min=1e-3)
+    ring = (y + 0.8 * torch.hypot(x, z)) / radius % 0.62 < 0.28
+    across = (0.8 * x + 0.6 * (y * math.cos(PITCH) + z * math.sin(PITCH))) / radius
+    streak = ((across - 0.55).abs() < 0.16) | ((across - 0.05).abs() < 0.07)
+    is_metal, is_wooden = (surfaces == [*SURFACES].index(name) for name in ("metal", "wooden"))
+    return 1 - 0.34 * (is_wooden & ring) - 0.2 * (is_metal & ~streak), 0.26 * (is_metal & streak)
 
 
-def _maps(scenes, origin, directions):
-    distance, normals, index = _intersect(scenes, origin, directions)
-    rotation = _camera_to_world()
-    depth = (distance * (directions * rotation[:, 2]).sum(-1)).clamp(max=FAR)
-    camera_normals = normals @ rotation * torch.tensor([1.0, 1.0, -1.0])
-    toward_viewer = torch.tensor([0.0, 0.0, 1.0]).expand_as(camera_normals)
-    camera_normals = torch.where((distance < 60.0)[..., None], camera_normals, toward_viewer)
-    return depth, camera_normals, index
+def _shadow(bases: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
+    """What the table is multiplied by: less within each object's width."""
+    x, z, radius = bases[:, 1:, None].unbind(-1)  # (batch, slots, 1)
+    away = torch.hypot(points[:, None, :, 0] - x, points[:, None, :, 2] - z)  # (batch, slots, pixels)
+    return 1 - 0.35 * (away < 0.98 * radius).any(1)
 
 
-def _intersect(scenes, origin, directions):
-    """Nearest hit of each ray: distance `(batch, rays)` (inf: none), normal, and 1 + object index (0: no object)."""
-    batch, rays = directions.shape[:2]
-    down = directions[..., 1]
-    table = torch.where(down < -1e-6, -origin[..., 1] / down.clamp(max=-1e-6), torch.inf)
-    distances = torch.full((batch, 5, rays), torch.inf)
-    distances[:, 0] = table
-    normals = torch.zeros(batch, 5, rays, 3)
-    normals[:, 0, :, 1] = 1.0
-    for rows, slots, t, find_normals in _object_hits(scenes, origin.expand_as(directions), directions):
-        distances[rows, slots] = t
-        normals[rows, slots] = find_normals()
-    distance, index = distances.min(1)
-    normal = normals.gather(1, index[:, None, :, None].expand(-1, 1, -1, 3))[:, 0]
-    return distance, normal, index
+def _maps(scenes, origins):
+    distance, normals, index = _intersect(scenes, origins)
+    camera_normals = normals @ _axes().T * torch.tensor([1.0, 1.0, -1.0])
+    return distance.clamp(max=FAR), camera_normals, index
 
 
-def _occluded(scenes, points, directions) -> torch.Tensor:
-    blocked = torch.zeros(points.shape[:2], dtype=torch.bool)
-    for rows, _, t, _ in _object_hits(scenes, points, directions):
-        blocked.index_put_((rows,), torch.isfinite(t), accumulate=True)
-    return blocked
+def _intersect(scenes: Sequence[Scene], origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Nearest hit of each ray: distance `(batch, rays)`, normal, and 1 + object index (0: table or wall)."""
+    batch, forward = len(scenes), _axes()[2]
+    edge_z = CENTER_Z + HORIZON * HALF_VIEW / math.sin(PITCH)
+    ground = torch.stack([-origins[:, 1] / forward[1], (edge_z - origins[:, 2]) / forward[2]])  # table, wall
+    distance, is_wall = ground.min(0)
+    distances = torch.full((batch, 5, len(origins)), torch.inf)
+    distances[:, 0] = distance
+    normals = torch.zeros(batch, 5, len(origins), 3)
+    normals[:, 0] = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])[is_wall]
+    for rows, slots, hits in _object_hits(scenes, origins, forward):
+        distances[rows, slots], normals[rows, slots] = hits
+    nearest, index = distances.min(1)
+    return nearest, normals.gather(1, index[:, None, :, None].expand(-1, 1, -1, 3))[:, 0], index
 
 
-def _object_hits(scenes, origins, directions) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Normals]]:
-    """For each shape: scene rows, object slots (from 1), distances `(objects, rays)` and what finds world normals."""
+def _object_hits(
+    scenes: Sequence[Scene], origins: torch.Tensor, forward: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, Hits]]:
+    """For each shape: scene rows, object slots (from 1), and what their rays hit."""
     for shape, hit in _HITS.items():
         found = [
             (r, s + 1, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects) if o.shape == shape
         ]
         if not found:
             continue
-        rows = torch.tensor([r for r, _, _ in found])
-        slots = torch.tensor([s for _, s, _ in found])
+        rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
         center = torch.tensor([[o.x, 0.0, o.z] for _, _, o in found])[:, None]
         radius = torch.tensor([o.radius for _, _, o in found])[:, None]
         height = torch.tensor([o.height for _, _, o in found])[:, None]
         turn = torch.stack([_turn(o.yaw) for _, _, o in found])
-        t, find_normals = hit((origins[rows] - center) @ turn, directions[rows] @ turn, radius, height)
-        yield rows, slots, t, partial(_turned_back, find_normals, turn)
+        local = (origins - center) @ turn
+        t, normals = hit(local, (forward @ turn)[:, None].expand_as(local), radius, height)
+        yield rows, slots, (t, normals @ turn.mT)
     found = [(r, len(scene.objects) + 1, scene.mannequin) for r, scene in enumerate(scenes) if scene.mannequin]
     if found:
         rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
-        yield rows, slots, *_hit_mannequins(origins[rows], directions[rows], [m for *_, m in found])
-
-
-def _turned_back(find_normals: Normals, turn: torch.Tensor) -> torch.Tensor:
-    return find_normals() @ turn.mT
+        shape = (len(found), *origins.shape)
+        hits = _hit_mannequins(origins.expand(shape), forward.expand(shape), [m for *_, m in found])
+        yield rows, slots, hits
 
 
 def _turn(yaw: float) -> torch.Tensor:
@@ -231,19 +216,19 @@ def _hit_sphere(o, d, radius, height):
     o = o - torch.stack([torch.zeros_like(radius), radius, torch.zeros_like(radius)], -1)
     t, _ = _first_root((d * d).sum(-1), (o * d).sum(-1), (o * o).sum(-1) - radius**2)
     t = t.masked_fill(t < 1e-3, torch.inf)
-    return t, lambda: _finite_normal(o + d * t[..., None], t)
+    return t, _finite_normal(o + d * t[..., None], t)
 
 
 def _hit_cube(o, d, radius, height):
-    """Slabs of a box of half-width 0.85 radius, so that its diagonal is not much wider than a sphere."""
-    half = torch.stack([0.85 * radius, height / 2, 0.85 * radius], -1)
+    """Slabs of a box."""
+    half = torch.stack([CUBE_WIDTH * radius, height / 2, CUBE_WIDTH * radius], -1)
     o = o - torch.stack([torch.zeros_like(radius), height / 2, torch.zeros_like(radius)], -1)
     inverse = 1 / torch.where(d.abs() < 1e-9, 1e-9, d)
     near = -o * inverse - half * inverse.abs()
     far = (-o * inverse + half * inverse.abs()).amin(-1)
     t, axis = near.max(-1)
     t = t.masked_fill((t > far) | (t < 1e-3), torch.inf)
-    return t, lambda: torch.zeros_like(d).scatter(-1, axis[..., None], -d.gather(-1, axis[..., None]).sign())
+    return t, torch.zeros_like(d).scatter(-1, axis[..., None], -d.gather(-1, axis[..., None]).sign())
 
 
 def _hit_cylinder(o, d, radius, height):
@@ -257,13 +242,9 @@ def _hit_cylinder(o, d, radius, height):
     on_lid = (o[..., 0] + lid * d[..., 0]) ** 2 + (o[..., 2] + lid * d[..., 2]) ** 2 < radius**2
     lid = lid.masked_fill((lid < 1e-3) | ~on_lid, torch.inf)
     t = torch.minimum(side, lid)
-
-    def find_normals() -> torch.Tensor:
-        around = _finite_normal((o + d * t[..., None]) * torch.tensor([1.0, 0.0, 1.0]), t)
-        up = torch.tensor([0.0, 1.0, 0.0]).expand_as(around)
-        return torch.where((lid < side)[..., None], up, around)
-
-    return t, find_normals
+    around = _finite_normal((o + d * t[..., None]) * torch.tensor([1.0, 0.0, 1.0]), t)
+    up = torch.tensor([0.0, 1.0, 0.0]).expand_as(around)
+    return t, torch.where((lid < side)[..., None], up, around)
 
 
 def _hit_cone(o, d, radius, height):
@@ -278,13 +259,9 @@ def _hit_cone(o, d, radius, height):
     for t in _first_root(a, b, c):
         y = o[..., 1] + t * d[..., 1]
         best = torch.minimum(best, t.masked_fill((t < 1e-3) | (y < 0) | (y > height), torch.inf))
-
-    def find_normals() -> torch.Tensor:
-        point = o + d * best[..., None]
-        normal = torch.stack([point[..., 0], k2 * (height - point[..., 1]), point[..., 2]], -1)
-        return _finite_normal(normal, best)
-
-    return best, find_normals
+    point = o + d * best[..., None]
+    normal = torch.stack([point[..., 0], k2 * (height - point[..., 1]), point[..., 2]], -1)
+    return best, _finite_normal(normal, best)
 
 
 def _hit_mannequins(o, d, mannequins: Sequence[Mannequin]):
@@ -302,14 +279,10 @@ def _hit_mannequins(o, d, mannequins: Sequence[Mannequin]):
     distances = torch.full(forward.shape, torch.inf)
     distances[row, ray, part] = t
     nearest, first = distances.min(-1)
-
-    def find_normals() -> torch.Tensor:
-        found = torch.zeros_like(d)
-        is_first = (part == first[row, ray]) & torch.isfinite(t)
-        found[row[is_first], ray[is_first]] = normals[is_first]
-        return found
-
-    return nearest, find_normals
+    found = torch.zeros_like(d)
+    is_first = (part == first[row, ray]) & torch.isfinite(t)
+    found[row[is_first], ray[is_first]] = normals[is_first]
+    return nearest, found
 
 
 def _hit_capsules(o, d, axis, radius):
@@ -381,7 +354,6 @@ def find_joints(rendering: Rendering, row: int, scene: Scene) -> torch.Tensor:
     x, y = width_px / 2 + half * places[:, 0], height_px / 2 - half * places[:, 1]
     rows, columns = y.long().clamp(0, height_px - 1), x.long().clamp(0, width_px - 1)
     is_mannequin = rendering.segmentation[row][rows, columns] == len(scene.objects) + 1
-    away = torch.tensor([0.0, CAMERA_HEIGHT, 0.0])
-    depth = (points - away) @ _camera_to_world()[:, 2]
+    depth = CENTER_DEPTH + (points - torch.tensor([0.0, 0.0, CENTER_Z])) @ _axes()[2]
     is_near = depth - rendering.depth[row][rows, columns] < MAX_FLESH
     return torch.stack([x, y, (is_mannequin & is_near).float()], -1)

@@ -1,7 +1,11 @@
 """Tabletop's scenes: what stands on the table, how it is sampled, and the sentences that describe it.
 
-A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes and eight colors on a table, seen through
-a pinhole camera; for pose, a jointed mannequin stands among them. It is sampled from a seed and known completely.
+A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes, eight colors and three surfaces on a table;
+for pose, a jointed mannequin stands among them. It is sampled from a seed and known completely.
+
+What no sentence speaks of must not outweigh, in a model's loss, what it speaks of. So there is one light, cubes turn one
+way, the view is a parallel projection, and objects stand on a lattice whose rows and columns are 8 pixels apart in a
+picture of 64: wherever an object stands, its picture falls into the same patches of a VQ model.
 
 Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 2 table units wide.
 """
@@ -11,13 +15,14 @@ import math
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from .tabletop_mannequin import CAPSULES, POSES, Mannequin, sample_mannequin
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
 SIZES = {"small": 0.66, "large": 1.0}  # half the width
+SURFACES = {"matte": 3, "metal": 1, "wooden": 1}  # and how often each is
 COLORS = {
     "red": (0.86, 0.12, 0.12),
     "orange": (0.98, 0.50, 0.05),
@@ -34,20 +39,24 @@ TABLES = {
     "wooden": (0.68, 0.58, 0.47),
 }
 WALLS = ((0.93, 0.93, 0.92), (0.42, 0.44, 0.48))
-# Few lights, tables, walls and turns: what no sentence speaks of must not outweigh, in the loss, what it speaks of.
-LIGHT_AZIMUTHS = (-0.8, 0.8)  # radians
-YAWS = (0.0, math.pi / 8, math.pi / 4, 3 * math.pi / 8)
-LIGHT_ELEVATION = 0.9
+LIGHT_AZIMUTH, LIGHT_ELEVATION = -0.8, 0.9  # radians
+YAW = math.pi / 6  # of cubes
 
-FOCAL_LENGTH = 2.9  # in halves of the picture's shorter side
-CAMERA_HEIGHT = 3.4
-TARGET = (0.5, 7.2)  # (y, z) of the point that the camera looks at
-PITCH = math.atan2(CAMERA_HEIGHT - TARGET[0], TARGET[1])  # downward, radians
+PITCH = math.radians(35)  # of the view, downward
+HALF_VIEW = 2.76  # table units in half of the picture's shorter side
+CENTER_Z, CENTER_DEPTH = 8.0, 11.5  # of the table's point in the middle of the picture
+HORIZON = 0.5  # where the table ends and the wall begins, in halves of the shorter side above the middle
+SPACING = {"x": 0.25 * HALF_VIEW, "z": 0.25 * HALF_VIEW / math.sin(PITCH)}  # of the lattice
+LAST_ROW = 0.125  # the farthest row, in halves of the shorter side above the middle
 NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
+
+CUBE_WIDTH = 0.72  # in widths of the others, so that a turned cube is as wide as they
 
 # One combination of shape, color and size for each color, two for each shape: seen in the test split only.
 HELD_OUT = frozenset((SHAPES[i % 4], color, ("small", "large")[(i // 4 + i) % 2]) for i, color in enumerate(COLORS))
 SPLITS = ("train", "validation", "test")
+
+Mention = tuple[int, str | None, str | None, str | None]
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class SceneObject:
     x: float
     z: float
     yaw: float  # radians; matters for cubes only
+    surface: str = "matte"
 
     @property
     def radius(self) -> float:
@@ -65,7 +75,7 @@ class SceneObject:
 
     @property
     def height(self) -> float:
-        return 2.3 * self.radius if self.shape == "cone" else 2 * self.radius * (0.85 if self.shape == "cube" else 1)
+        return self.radius * {"sphere": 2.0, "cube": 2 * CUBE_WIDTH, "cylinder": 1.5, "cone": 2.0}[self.shape]
 
     @property
     def combination(self) -> tuple[str, str, str]:
@@ -79,7 +89,7 @@ class Scene:
     objects: tuple[SceneObject, ...]
     table: str
     wall: int
-    light_azimuth: float  # radians, 0 is from the viewer, positive from the right
+    light_azimuth: float = LIGHT_AZIMUTH  # radians, 0 is from the viewer, positive from the right
     mannequin: Mannequin | None = None
 
 
@@ -87,12 +97,14 @@ class Scene:
 class Caption:
     """A sentence and what it commits to. `None` marks an attribute that the sentence leaves open.
 
-    `mentions`: (count, shape, color, size) for each phrase; `relation`: (index, word, index) into `mentions`.
+    `mentions`: (count, shape, color, size) for each phrase; `relation`: (index, word, index) into `mentions`;
+    `surfaces`: one for each phrase, if they are named.
     """
 
     text: str
-    mentions: tuple[tuple[int, str | None, str | None, str | None], ...]
+    mentions: tuple[Mention, ...]
     relation: tuple[int, str, int] | None = None
+    surfaces: tuple[str | None, ...] = ()
 
 
 # --- sampling --------------------------------------------------------------------------------------------------------
@@ -131,7 +143,6 @@ def sample_scene(
         objects=left_to_right(objects),
         table=rng.choice(list(TABLES)),
         wall=rng.randrange(len(WALLS)),
-        light_azimuth=rng.choice(LIGHT_AZIMUTHS),
         mannequin=mannequin,
     )
 
@@ -179,27 +190,36 @@ def _sample_combinations(rng: random.Random, count: int) -> list[tuple[str, str,
 
 def _place_mannequin(rng: random.Random, width_px: int, height_px: int) -> Mannequin:
     """Anywhere in the frame."""
-    pose = rng.choice(POSES)
+    pose, places = rng.choice(POSES), _lattice(width_px, height_px)
     while True:
-        mannequin = sample_mannequin(rng, pose, rng.uniform(-1.7, 1.7), rng.uniform(5.8, 8.0))
+        mannequin = sample_mannequin(rng, pose, *rng.choice(places))
         if fits(mannequin, [], width_px, height_px):
             return mannequin
 
 
 def _place(rng, combinations, width_px, height_px, mannequin=None) -> list[SceneObject] | None:
-    """Positions by rejection: in the frame, apart on the table, and not hidden behind one another."""
-    half_w = width_px / min(width_px, height_px)
+    """Places by rejection: in the frame, apart on the table, and not hidden behind one another."""
     objects: list[SceneObject] = []
+    places = _lattice(width_px, height_px)
     for _ in range(30 * len(combinations)):
         shape, color, size = combinations[len(objects)]
-        z = rng.uniform(5.2, 8.8)
-        reach = max(half_w * z / FOCAL_LENGTH - SIZES[size], 0.05)
-        candidate = SceneObject(shape, color, size, rng.uniform(-reach, reach), z, rng.choice(YAWS))
+        (surface,) = rng.choices(list(SURFACES), [*SURFACES.values()])
+        candidate = SceneObject(shape, color, size, *rng.choice(places), YAW, surface)
         if fits(candidate, [*objects, mannequin] if mannequin else objects, width_px, height_px):
             objects.append(candidate)
             if len(objects) == len(combinations):
                 return objects
     return None
+
+
+@lru_cache(maxsize=64)
+def _lattice(width_px: int, height_px: int) -> list[tuple[float, float]]:
+    """(x, z) of all places in the frame; columns are half a spacing from the middle."""
+    half_w, half_h = width_px / min(width_px, height_px), height_px / min(width_px, height_px)
+    columns, rows = math.floor(4 * half_w), math.floor(4 * (LAST_ROW + half_h))
+    last_z = CENTER_Z + LAST_ROW * HALF_VIEW / math.sin(PITCH)
+    xs = [(i + 0.5) * SPACING["x"] for i in range(-columns, columns)]
+    return [(round(x, 4), round(last_z - i * SPACING["z"], 4)) for x in xs for i in range(rows)]
 
 
 def fits(
@@ -210,49 +230,43 @@ def fits(
     if not all(_apart(candidate, o) for o in others):
         return False
     box = _projected_box(candidate)
-    inside = -0.96 * half_w < box[0] and box[2] < 0.96 * half_w and -0.96 * half_h < box[1] and box[3] < 0.96 * half_h
+    inside = max(-box[0], box[2]) < 0.995 * half_w and max(-box[1], box[3]) < 0.995 * half_h
     return inside and all(_visible(candidate, box, o, _projected_box(o)) for o in others)
 
 
 def _apart(a: SceneObject | Mannequin, b: SceneObject | Mannequin) -> bool:
-    return math.hypot(a.x - b.x, a.z - b.z) >= 1.25 * (a.radius + b.radius)
+    return math.hypot(a.x - b.x, a.z - b.z) >= 1.2 * (a.radius + b.radius)
 
 
 def _visible(a: SceneObject | Mannequin, box_a, b: SceneObject | Mannequin, box_b) -> bool:
     width = min(box_a[2], box_b[2]) - max(box_a[0], box_b[0])
     height = min(box_a[3], box_b[3]) - max(box_a[1], box_b[1])
     hidden = box_a if a.z > b.z else box_b
-    share = 0.05 if isinstance(a, Mannequin) or isinstance(b, Mannequin) else 0.2  # its limbs are thin
+    share = 0.05 if isinstance(a, Mannequin) or isinstance(b, Mannequin) else 0.1  # its limbs are thin
     return max(width, 0) * max(height, 0) < share * (hidden[2] - hidden[0]) * (hidden[3] - hidden[1])
 
 
 def project(x: float, y: float, z: float) -> tuple[float, float]:
     """Picture coordinates in halves of the shorter side, (right, up) from the center."""
-    cos, sin = math.cos(PITCH), math.sin(PITCH)
-    depth = z * cos - (y - CAMERA_HEIGHT) * sin
-    return FOCAL_LENGTH * x / depth, FOCAL_LENGTH * ((y - CAMERA_HEIGHT) * cos + z * sin) / depth
+    return x / HALF_VIEW, (y * math.cos(PITCH) + (z - CENTER_Z) * math.sin(PITCH)) / HALF_VIEW
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=4096)
 def _projected_box(o: SceneObject | Mannequin) -> tuple[float, float, float, float]:
-    """Box of the object's bounding cylinder, or of the mannequin's limbs, in picture coordinates (left, bottom, right,
-    top)."""
+    """Box in picture coordinates (left, bottom, right, top); a cube's is that of a cylinder around it."""
     if isinstance(o, Mannequin):
-        points = [
-            project(x + dx, y + dy, z)
-            for a, b, radius in CAPSULES
-            for x, y, z in (o.points[a], o.points[b])
-            for dx, dy in ((-radius, -radius), (radius, radius))
-        ]
+        balls = [(*o.points[i], radius) for a, b, radius in CAPSULES for i in (a, b)]
+    elif o.shape == "sphere":
+        balls = [(o.x, o.radius, o.z, o.radius)]
     else:
-        radius = o.radius * (1.2 if o.shape == "cube" else 1.0)
-        points = [
-            project(o.x + dx * radius, y, o.z + dz * radius)
-            for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
-            for y in (0.0, o.height)
+        top = 0.0 if o.shape == "cone" else o.radius
+        rims = [(0.0, o.radius), (o.height, top)]
+        balls = [
+            (o.x + dx * r, y, o.z + dz * r, 0.0) for y, r in rims for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
         ]
-    us, vs = zip(*points, strict=True)
-    return min(us), min(vs), max(us), max(vs)
+    places = [(*project(x, y, z), radius / HALF_VIEW) for x, y, z, radius in balls]
+    left, right = min(u - r for u, _, r in places), max(u + r for u, _, r in places)
+    return left, min(v - r for _, v, r in places), right, max(v + r for _, v, r in places)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
@@ -301,25 +315,30 @@ def _describe(scene: Scene, rng: random.Random) -> Caption:
     opening = rng.choice(OPENINGS)
     if opening == "there is " and caption.mentions[0][0] > 1:
         opening = "there are "
-    return Caption(opening + caption.text + place + rng.choice(("", ".")), caption.mentions, caption.relation)
+    return replace(caption, text=opening + caption.text + place + rng.choice(("", ".")))
 
 
 def _list_sentence(scene: Scene, rng: random.Random) -> Caption:
     repeated = len({o.shape for o in scene.objects}) < len(scene.objects)
-    sized, colored = rng.random() < 0.5, repeated or rng.random() < 0.8
-    mentions = [(1, o.shape, o.color if colored else None, o.size if sized else None) for o in scene.objects]
-    return Caption(join_phrases([noun_phrase(m) for m in mentions]), tuple(mentions))
+    sized, colored, surfaced = rng.random() < 0.5, repeated or rng.random() < 0.8, rng.random() < 0.2
+    mentions = tuple((1, o.shape, o.color if colored else None, o.size if sized else None) for o in scene.objects)
+    return _listed(mentions, tuple(o.surface for o in scene.objects) if surfaced else ())
+
+
+def _listed(mentions: tuple[Mention, ...], surfaces: tuple[str | None, ...]) -> Caption:
+    phrases = map(noun_phrase, mentions, surfaces or [None] * len(mentions))
+    return Caption(join_phrases([*phrases]), mentions, surfaces=surfaces)
 
 
 def _counting_sentence(scene: Scene, rng: random.Random) -> Caption:
     """Groups of equal shape and color: "two red cubes and a blue sphere"."""
-    sized = rng.random() < 0.3
+    sized, surfaced = rng.random() < 0.3, rng.random() < 0.2
     groups: dict[tuple, int] = {}
     for o in scene.objects:
-        key = (o.shape, o.color, o.size if sized else None)
+        key = (o.shape, o.color, o.size if sized else None, o.surface if surfaced else None)
         groups[key] = groups.get(key, 0) + 1
-    mentions = [(count, *key) for key, count in groups.items()]
-    return Caption(join_phrases([noun_phrase(m) for m in mentions]), tuple(mentions))
+    mentions = tuple((count, *key[:3]) for key, count in groups.items())
+    return _listed(mentions, tuple(surface for *_, surface in groups) if surfaced else ())
 
 
 def _shape_counting_sentence(scene: Scene, rng: random.Random) -> Caption:
@@ -340,15 +359,17 @@ def _relation_sentence(scene: Scene, rng: random.Random) -> Caption:
     if not options:
         return _list_sentence(scene, rng)
     first, word, second = rng.choice(options)
-    named = _list_sentence(scene, rng).mentions
+    listed = _list_sentence(scene, rng)
+    mentions = listed.mentions[first], listed.mentions[second]
+    surfaces = (listed.surfaces[first], listed.surfaces[second]) if listed.surfaces else ()
     article = rng.choice(("", "to the ")) if word in ("left of", "right of") else ""
-    text = f"{noun_phrase(named[first])} {article}{word} {noun_phrase(named[second])}"
-    return Caption(text, (named[first], named[second]), (0, word, 1))
+    a, b = map(noun_phrase, mentions, surfaces or (None, None))
+    return Caption(f"{a} {article}{word} {b}", mentions, (0, word, 1), surfaces)
 
 
-def noun_phrase(mention: tuple[int, str | None, str | None, str | None]) -> str:
+def noun_phrase(mention: Mention, surface: str | None = None) -> str:
     count, shape, color, size = mention
-    words = [w for w in (size, color, shape or "object") if w]
+    words = [w for w in (size, color, surface, shape or "object") if w]
     if count > 1:
         return " ".join([NUMBER_WORDS[count], *words]) + "s"
     return ("an " if words[0][0] in "aeiou" else "a ") + " ".join(words)
@@ -359,25 +380,28 @@ def parse(sentence: str) -> Caption:
     body = sentence.strip().lower().removesuffix(".")
     body = re.sub(rf"^(?:{'|'.join(filter(None, OPENINGS))}|there are )| on a (?:{'|'.join(TABLES)}) table$", "", body)
     related = re.fullmatch(r"(.+?) ((?:to the )?(?:left|right) of|in front of|behind) (.+)", body)
-    mentions = tuple(map(_read_phrase, related.group(1, 3) if related else re.split(", and | and |, ", body)))
-    readable = [mention for mention in mentions if mention]
+    phrases = [*map(_read_phrase, related.group(1, 3) if related else re.split(", and | and |, ", body))]
+    readable = [mention for mention, _ in filter(None, phrases)]
+    surfaces = tuple(surface for _, surface in filter(None, phrases))
     num_objects = sum(count for count, *_ in readable)
-    if len(readable) < len(mentions) or num_objects > (2 if related else 4):
+    if len(readable) < len(phrases) or num_objects > (2 if related else 4):
         raise ValueError(
             f"{sentence!r} is no sentence of the Tabletop world; those name one to four objects, "
             "such as 'two red cubes and a small sphere' or 'a red cube left of a sphere'"
         )
-    return Caption(sentence, tuple(readable), (0, related[2].removeprefix("to the "), 1) if related else None)
+    relation = (0, related[2].removeprefix("to the "), 1) if related else None
+    return Caption(sentence, tuple(readable), relation, surfaces if any(surfaces) else ())
 
 
-def _read_phrase(phrase: str) -> tuple[int, str | None, str | None, str | None] | None:
+def _read_phrase(phrase: str) -> tuple[Mention, str | None] | None:
     """The inverse of `noun_phrase`; None if there is none."""
     one_or_more = rf"(?:an?|one|({'|'.join(NUMBER_WORDS[2:])}))"
-    size, color, shape = (f"({'|'.join(words)})" for words in (SIZES, COLORS, (*SHAPES, "object")))
-    match = re.fullmatch(rf"{one_or_more} (?:{size} )?(?:{color} )?{shape}(s?)", phrase)
-    if match is None or bool(match[1]) != bool(match[5]):
+    size, color, surface, shape = (f"({'|'.join(words)})" for words in (SIZES, COLORS, SURFACES, (*SHAPES, "object")))
+    match = re.fullmatch(rf"{one_or_more} (?:{size} )?(?:{color} )?(?:{surface} )?{shape}(s?)", phrase)
+    if match is None or bool(match[1]) != bool(match[6]):
         return None
-    return NUMBER_WORDS.index(match[1] or "one"), None if match[4] == "object" else match[4], match[3], match[2]
+    shape_word = None if match[5] == "object" else match[5]
+    return (NUMBER_WORDS.index(match[1] or "one"), shape_word, match[3], match[2]), match[4]
 
 
 def join_phrases(phrases: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""Trains a VQ model from scratch on Tabletop pictures and their depth, normal and segmentation maps.
+"""Trains a VQ model from scratch on all kinds of Tabletop's pictures: scenes, maps, skeletons, boxes, degraded ones.
 
     lumina-mgpt train training/recipes/tabletop/vq.yaml
 
@@ -10,6 +10,7 @@ and codebook stay as they are, and the decoder alone learns on. The run resumes 
 """
 
 import json
+import random
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,8 +21,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import VQModel
+from PIL import Image
 from scipy.cluster.hierarchy import fcluster, linkage
 
+from .degradation import degrade
+from .drawing import draw_box
 from .tabletop import MAPS, TabletopSource
 
 
@@ -33,7 +37,8 @@ class VQRecipe:
         output_dir: where the model goes, as `vqvae/`, with its scores and training states.
         model: the configuration of a `diffusers.VQModel`; `num_vq_embeddings` is before merging.
         num_codes: after merging.
-        pictures: how many scenes of each (square) size are rendered; sizes are in pixels.
+        pictures: `size` (width_px, height_px) and number of `scenes` of each pool that is rendered.
+        crop_px: larger pictures are cropped to this, in steps of a patch, as codes see them.
         num_steps: with a learning encoder, of which the first `quantize_from_step` without a codebook.
         num_decoder_steps: after merging.
     """
@@ -41,7 +46,7 @@ class VQRecipe:
     output_dir: str
     model: dict
     num_codes: int
-    pictures: list[dict] = field(default_factory=lambda: [{"size_px": 64, "scenes": 6000}])
+    pictures: list[dict] = field(default_factory=lambda: [{"size": [64, 64], "scenes": 6000}])
     crop_px: int = 64
     batch_size: int = 32
     num_steps: int = 3000
@@ -106,36 +111,53 @@ class Codebook:
         self.vectors.copy_(self.sums / self.counts[:, None])
 
 
+KINDS = {"image": 0.55, **dict.fromkeys(MAPS, 0.1), "other": 0.15}  # shares of a batch
+
+
 def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
-    """uint8 `(scenes, 4, height, width, 3)` for each size: RGB and three maps. Rendered once, then kept on disk."""
+    """uint8 `(scenes, kinds, height, width, 3)` for each size. Rendered once, then kept on disk."""
     pools = []
     for entry in recipe.pictures:
-        size_px, num_scenes = entry["size_px"], entry["scenes"]
-        path = Path(recipe.output_dir) / f"pictures-{size_px}px-{num_scenes}.npy"
+        (width_px, height_px), num_scenes = entry["size"], entry["scenes"]
+        path = Path(recipe.output_dir) / f"pictures-{width_px}x{height_px}px-{num_scenes}.npy"
         if not path.exists():
             chunks = [range(i, min(i + 32, num_scenes)) for i in range(0, num_scenes, 32)]
             with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as workers:
-                pool = np.concatenate([*workers.map(_render, chunks, repeat(size_px), repeat(recipe.seed))])
+                drawn = workers.map(_render, chunks, repeat((width_px, height_px)), repeat(recipe.seed))
+                pool = np.concatenate([*drawn])
             np.save(path.with_suffix(".part.npy"), pool)
             path.with_suffix(".part.npy").rename(path)
         pools.append(np.load(path, mmap_mode="r"))
     return pools
 
 
-def _render(indices: range, size_px: int, seed: int) -> np.ndarray:
-    records = TabletopSource("control", [(size_px, size_px)], seed, "train", indices.stop).fetch(indices)
-    return np.stack([[np.asarray(record[key]) for key in ("image", *MAPS)] for record in records])
+def _render(indices: range, size: tuple[int, int], seed: int) -> np.ndarray:
+    records = TabletopSource("control", [size], seed, "train", indices.stop).fetch(indices)
+    boxes = TabletopSource("detection", [size], seed, "train", indices.stop).fetch(indices)
+    for index, record, marked in zip(indices, records, boxes, strict=True):
+        record["other"] = record.get("pose") or _other(index, record["image"], marked)
+    return np.stack([[np.asarray(record[kind]) for kind in KINDS] for record in records])
+
+
+def _other(index: int, picture: Image.Image, marked: dict) -> Image.Image:
+    """A frame around an object, or a degraded picture, in turn."""
+    if index % 2:
+        return draw_box(marked["image"], marked["box"])
+    degraded, _ = degrade(picture, 4, random.Random(index))
+    return degraded.resize(picture.size, Image.Resampling.BICUBIC)
 
 
 def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Generator) -> torch.Tensor:
-    """Random crops in [-1, 1], `(batch, 3, crop, crop)`; seven in ten are RGB, the others maps."""
+    """Crops of one pool in [-1, 1], `(batch, 3, height, width)`; a pool is as likely as it has scenes."""
     num_scenes = np.array([len(pool) for pool in pools])
+    pool = pools[rng.choice(len(pools), p=num_scenes / num_scenes.sum())]
+    height, width = (min(side, recipe.crop_px) for side in pool.shape[2:4])
+    patch = 2 ** (len(recipe.model["block_out_channels"]) - 1)
     crops = []
-    for choice in rng.choice(len(pools), recipe.batch_size, p=num_scenes / num_scenes.sum()):
-        pool = pools[choice]
-        kind = 0 if rng.random() < 0.7 else rng.integers(1, pool.shape[1])
-        top, left = (rng.integers(0, side - recipe.crop_px + 1) for side in pool.shape[2:4])
-        crops.append(pool[rng.integers(len(pool)), kind, top : top + recipe.crop_px, left : left + recipe.crop_px])
+    for kind in rng.choice(len(KINDS), recipe.batch_size, p=[*KINDS.values()]):
+        top = patch * rng.integers(0, (pool.shape[2] - height) // patch + 1)
+        left = patch * rng.integers(0, (pool.shape[3] - width) // patch + 1)
+        crops.append(pool[rng.integers(len(pool)), kind, top : top + height, left : left + width])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
