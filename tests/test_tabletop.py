@@ -210,10 +210,8 @@ def test_pictures_of_an_edit_differ_only_where_the_edit_is():
 def _reach(o, side_px: int = 64) -> tuple[int, int, int, int]:
     """Box (pixels) around an object and the darker ground where it stands."""
     ends = [(o.x + dx * o.radius, o.z + dz * o.radius) for dx in (-1, 1) for dz in (-1, 1)]
-    us, vs = zip(*(project(x, y, z) for x, z in ends for y in (0, o.height)), strict=True)
-    half = side_px / 2
-    box = half + half * min(us), half - half * max(vs), half + half * max(us), half - half * min(vs)
-    return tuple(math.floor(e) - 1 if i < 2 else math.ceil(e) + 1 for i, e in enumerate(box))
+    us, vs = zip(*(project(x, y, z, side_px, side_px) for x, z in ends for y in (0, o.height)), strict=True)
+    return math.floor(min(us)) - 1, math.floor(min(vs)) - 1, math.ceil(max(us)) + 1, math.ceil(max(vs)) + 1
 
 
 def test_a_long_caption_is_true():
@@ -307,7 +305,7 @@ def test_objects_are_whole_in_the_frame_and_visible(width_px, height_px):
         boxes = rendering.boxes(row)
         assert len(boxes) == len(scene.objects)
         for left, top, right, bottom in boxes:
-            assert 0 < left < right < width_px and 0 < top < bottom < height_px
+            assert 0 <= left < right <= width_px and 0 <= top < bottom <= height_px
             assert (right - left) * (bottom - top) >= 9
 
 

@@ -190,7 +190,7 @@ def _sample_plan(task: str, rng: random.Random, size: tuple[int, int], split: st
 
 
 def _sample_kinds(task: str, rng: random.Random) -> tuple[tuple[str, ...], str | None]:
-    """Kinds of what a record asks for, and the answer, each as likely; before a scene that allows them is looked for."""
+    """Kinds of what a record asks for, and the answer, each as likely: what scene allows them is seen later."""
     if task == "edit":
         return tuple(rng.choices(list(EDITS), k=rng.choice((1, 1, 2, 3)))), None
     kind = rng.choice(list(QUESTIONS))

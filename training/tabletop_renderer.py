@@ -14,13 +14,11 @@ from PIL import Image
 from .tabletop_mannequin import CAPSULES, JOINTS, Mannequin
 from .tabletop_mannequin import COLOR as MANNEQUIN_COLOR
 from .tabletop_scenes import (
-    CENTER_DEPTH,
-    CENTER_Z,
     COLORS,
     CUBE_WIDTH,
+    EDGE_DEPTH,
+    EDGE_Z,
     FAR,
-    HALF_VIEW,
-    HORIZON,
     LIGHT_ELEVATION,
     NEAR,
     PITCH,
@@ -28,7 +26,9 @@ from .tabletop_scenes import (
     TABLES,
     WALLS,
     Scene,
+    horizon_px,
     project,
+    unit_px,
 )
 
 Hits = tuple[torch.Tensor, torch.Tensor]  # distances (objects, rays), inf for none, and normals (objects, rays, 3)
@@ -85,13 +85,13 @@ def render(scenes: Sequence[Scene], width_px: int, height_px: int, maps: bool = 
 
 def _origins(width_px: int, height_px: int, dx: float, dy: float) -> torch.Tensor:
     """Where each pixel's ray starts, `(pixels, 3)`; all go along `_axes()[2]`."""
-    half = min(width_px, height_px) / 2
-    u = (torch.arange(width_px) + dx - width_px / 2) / half
-    v = (height_px / 2 - torch.arange(height_px) - dy) / half
+    scale = unit_px(width_px, height_px)
+    u = (torch.arange(width_px) + dx - width_px / 2) / scale
+    v = (horizon_px(height_px) - torch.arange(height_px) - dy) / scale
     v, u = torch.meshgrid(v, u, indexing="ij")
     right, up, forward = _axes()
-    center = torch.tensor([0.0, 0.0, CENTER_Z]) - CENTER_DEPTH * forward
-    return center + HALF_VIEW * (u.reshape(-1, 1) * right + v.reshape(-1, 1) * up)
+    edge = torch.tensor([0.0, 0.0, EDGE_Z]) - EDGE_DEPTH * forward
+    return edge + u.reshape(-1, 1) * right + v.reshape(-1, 1) * up
 
 
 def _axes() -> torch.Tensor:
@@ -153,14 +153,13 @@ def _shadow(bases: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
 def _maps(scenes, origins):
     distance, normals, index = _intersect(scenes, origins)
     camera_normals = normals @ _axes().T * torch.tensor([1.0, 1.0, -1.0])
-    return distance.clamp(max=FAR), camera_normals, index
+    return distance.clamp(NEAR, FAR), camera_normals, index
 
 
 def _intersect(scenes: Sequence[Scene], origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Nearest hit of each ray: distance `(batch, rays)`, normal, and 1 + object index (0: table or wall)."""
     batch, forward = len(scenes), _axes()[2]
-    edge_z = CENTER_Z + HORIZON * HALF_VIEW / math.sin(PITCH)
-    ground = torch.stack([-origins[:, 1] / forward[1], (edge_z - origins[:, 2]) / forward[2]])  # table, wall
+    ground = torch.stack([-origins[:, 1] / forward[1], (EDGE_Z - origins[:, 2]) / forward[2]])  # table, wall
     distance, is_wall = ground.min(0)
     distances = torch.full((batch, 5, len(origins)), torch.inf)
     distances[:, 0] = distance
@@ -349,11 +348,10 @@ def find_joints(rendering: Rendering, row: int, scene: Scene) -> torch.Tensor:
     if scene.mannequin is None:
         raise ValueError("the scene has no mannequin")
     height_px, width_px = rendering.segmentation.shape[1:]
-    half, points = min(width_px, height_px) / 2, torch.tensor(scene.mannequin.points[: len(JOINTS)])
-    places = torch.tensor([project(*point) for point in points.tolist()])  # (14, 2)
-    x, y = width_px / 2 + half * places[:, 0], height_px / 2 - half * places[:, 1]
+    points = torch.tensor(scene.mannequin.points[: len(JOINTS)])
+    x, y = torch.tensor([project(*point, width_px, height_px) for point in points.tolist()]).unbind(-1)
     rows, columns = y.long().clamp(0, height_px - 1), x.long().clamp(0, width_px - 1)
     is_mannequin = rendering.segmentation[row][rows, columns] == len(scene.objects) + 1
-    depth = CENTER_DEPTH + (points - torch.tensor([0.0, 0.0, CENTER_Z])) @ _axes()[2]
+    depth = EDGE_DEPTH + (points - torch.tensor([0.0, 0.0, EDGE_Z])) @ _axes()[2]
     is_near = depth - rendering.depth[row][rows, columns] < MAX_FLESH
     return torch.stack([x, y, (is_mannequin & is_near).float()], -1)

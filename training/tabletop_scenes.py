@@ -3,9 +3,9 @@
 A scene is one to four solids (sphere, cube, cylinder, cone) of two sizes, eight colors and three surfaces on a table;
 for pose, a jointed mannequin stands among them. It is sampled from a seed and known completely.
 
-What no sentence speaks of must not outweigh, in a model's loss, what it speaks of. So there is one light, cubes turn one
-way, the view is a parallel projection, and objects stand on a lattice whose rows and columns are 8 pixels apart in a
-picture of 64: wherever an object stands, its picture falls into the same patches of a VQ model.
+What no sentence speaks of must not outweigh, in a model's loss, what it speaks of. So there is one light, cubes turn
+one way, and the view is a parallel projection of one scale: larger pictures show more of the table. Objects stand on a
+lattice of 8 pixels, so that a VQ model of such patches sees the same ones wherever an object stands.
 
 Axes: x right, y up, z away from the viewer; the table is y = 0; a large object is 2 table units wide.
 """
@@ -43,12 +43,11 @@ LIGHT_AZIMUTH, LIGHT_ELEVATION = -0.8, 0.9  # radians
 YAW = math.pi / 6  # of cubes
 
 PITCH = math.radians(35)  # of the view, downward
-HALF_VIEW = 2.76  # table units in half of the picture's shorter side
-CENTER_Z, CENTER_DEPTH = 8.0, 11.5  # of the table's point in the middle of the picture
-HORIZON = 0.5  # where the table ends and the wall begins, in halves of the shorter side above the middle
-SPACING = {"x": 0.25 * HALF_VIEW, "z": 0.25 * HALF_VIEW / math.sin(PITCH)}  # of the lattice
-LAST_ROW = 0.125  # the farthest row, in halves of the shorter side above the middle
-NEAR, FAR = 4.0, 14.0  # depth range of the depth map, in table units
+UNIT_PX = 11.6  # pixels in a table unit, in pictures of 56 x 56 and more; smaller ones show as much as that
+PATCH_PX = 8
+SPACING = {"x": PATCH_PX / UNIT_PX, "z": PATCH_PX / UNIT_PX / math.sin(PITCH)}  # of the lattice
+EDGE_Z, EDGE_DEPTH = 10.0, 13.5  # where the table ends and the wall begins
+NEAR, FAR = 1.5, 14.0  # depth range of the depth map, in table units
 
 CUBE_WIDTH = 0.72  # in widths of the others, so that a turned cube is as wide as they
 
@@ -156,7 +155,7 @@ def sample_split_scene(rng: random.Random, width_px: int, height_px: int, split:
 
 
 def left_to_right(objects: Iterable[SceneObject]) -> tuple[SceneObject, ...]:
-    return tuple(sorted(objects, key=lambda o: o.x / o.z))
+    return tuple(sorted(objects, key=lambda o: (o.x, o.z)))
 
 
 def split_of(scene: Scene) -> str:
@@ -214,24 +213,22 @@ def _place(rng, combinations, width_px, height_px, mannequin=None) -> list[Scene
 
 @lru_cache(maxsize=64)
 def _lattice(width_px: int, height_px: int) -> list[tuple[float, float]]:
-    """(x, z) of all places in the frame; columns are half a spacing from the middle."""
-    half_w, half_h = width_px / min(width_px, height_px), height_px / min(width_px, height_px)
-    columns, rows = math.floor(4 * half_w), math.floor(4 * (LAST_ROW + half_h))
-    last_z = CENTER_Z + LAST_ROW * HALF_VIEW / math.sin(PITCH)
+    """(x, z) of all places in the frame: columns half a step from the middle, rows from a step before the wall on."""
+    step_px = PATCH_PX * unit_px(width_px, height_px) / UNIT_PX
+    columns, rows = math.ceil(width_px / 2 / step_px), math.ceil(height_px / step_px)
     xs = [(i + 0.5) * SPACING["x"] for i in range(-columns, columns)]
-    return [(round(x, 4), round(last_z - i * SPACING["z"], 4)) for x in xs for i in range(rows)]
+    return [(round(x, 4), round(EDGE_Z - (i + 1.5) * SPACING["z"], 4)) for x in xs for i in range(rows)]
 
 
 def fits(
     candidate: SceneObject | Mannequin, others: Sequence[SceneObject | Mannequin], width_px: int, height_px: int
 ) -> bool:
     """Whether it lies inside the frame, apart from the others, neither hidden by nor hiding much of them."""
-    half_w, half_h = width_px / min(width_px, height_px), height_px / min(width_px, height_px)
     if not all(_apart(candidate, o) for o in others):
         return False
-    box = _projected_box(candidate)
-    inside = max(-box[0], box[2]) < 0.995 * half_w and max(-box[1], box[3]) < 0.995 * half_h
-    return inside and all(_visible(candidate, box, o, _projected_box(o)) for o in others)
+    box = _projected_box(candidate, width_px, height_px)
+    inside = min(box) > 0.15 and box[2] < width_px - 0.15 and box[3] < height_px - 0.15
+    return inside and all(_visible(candidate, box, o, _projected_box(o, width_px, height_px)) for o in others)
 
 
 def _apart(a: SceneObject | Mannequin, b: SceneObject | Mannequin) -> bool:
@@ -246,27 +243,38 @@ def _visible(a: SceneObject | Mannequin, box_a, b: SceneObject | Mannequin, box_
     return max(width, 0) * max(height, 0) < share * (hidden[2] - hidden[0]) * (hidden[3] - hidden[1])
 
 
-def project(x: float, y: float, z: float) -> tuple[float, float]:
-    """Picture coordinates in halves of the shorter side, (right, up) from the center."""
-    return x / HALF_VIEW, (y * math.cos(PITCH) + (z - CENTER_Z) * math.sin(PITCH)) / HALF_VIEW
+def unit_px(width_px: int, height_px: int) -> float:
+    """Pixels in a table unit."""
+    return UNIT_PX * min(1.0, math.sqrt(width_px * height_px) / 56)
+
+
+def horizon_px(height_px: int) -> int:
+    """The row where the wall meets the table: about a quarter of the picture is wall."""
+    return PATCH_PX * max(1, height_px // (4 * PATCH_PX))
+
+
+def project(x: float, y: float, z: float, width_px: int, height_px: int) -> tuple[float, float]:
+    """Where a point is in a picture: pixels from the left and from the top."""
+    scale = unit_px(width_px, height_px)
+    up = y * math.cos(PITCH) + (z - EDGE_Z) * math.sin(PITCH)
+    return width_px / 2 + scale * x, horizon_px(height_px) - scale * up
 
 
 @lru_cache(maxsize=4096)
-def _projected_box(o: SceneObject | Mannequin) -> tuple[float, float, float, float]:
-    """Box in picture coordinates (left, bottom, right, top); a cube's is that of a cylinder around it."""
+def _projected_box(o: SceneObject | Mannequin, width_px: int, height_px: int) -> tuple[float, float, float, float]:
+    """Box in pixels (left, top, right, bottom); a cube's is that of a cylinder around it."""
     if isinstance(o, Mannequin):
         balls = [(*o.points[i], radius) for a, b, radius in CAPSULES for i in (a, b)]
     elif o.shape == "sphere":
         balls = [(o.x, o.radius, o.z, o.radius)]
     else:
         top = 0.0 if o.shape == "cone" else o.radius
-        rims = [(0.0, o.radius), (o.height, top)]
-        balls = [
-            (o.x + dx * r, y, o.z + dz * r, 0.0) for y, r in rims for dx, dz in ((-1, 0), (1, 0), (0, -1), (0, 1))
-        ]
-    places = [(*project(x, y, z), radius / HALF_VIEW) for x, y, z, radius in balls]
-    left, right = min(u - r for u, _, r in places), max(u + r for u, _, r in places)
-    return left, min(v - r for _, v, r in places), right, max(v + r for _, v, r in places)
+        rims, around = [(0.0, o.radius), (o.height, top)], ((-1, 0), (1, 0), (0, -1), (0, 1))
+        balls = [(o.x + dx * r, y, o.z + dz * r, 0.0) for y, r in rims for dx, dz in around]
+    scale = unit_px(width_px, height_px)
+    places = [(*project(*center, width_px, height_px), scale * radius) for *center, radius in balls]
+    left, top_px = min(u - r for u, _, r in places), min(v - r for _, v, r in places)
+    return left, top_px, max(u + r for u, _, r in places), max(v + r for _, v, r in places)
 
 
 # --- sentences -------------------------------------------------------------------------------------------------------
