@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset, DatasetDict, Features, Image, Value
 from PIL import Image as PILImage
 
@@ -205,3 +206,19 @@ def test_tabletop_is_a_source(tiny_processor):
     encoded = own.encode(list(own.dataset))
     assert [record["task"] for record in encoded] == ["text-to-image"] * 3 + ["vqa"] * 3
     assert own.encode([own.dataset[4]]) == [encoded[4]]
+
+
+def test_a_source_may_have_pictures_of_another_size(tiny_processor):
+    tabletop = {"path": "tabletop", "num_records": 2, "task": "text-to-image", "options": {"max_aspect_ratio": 1}}
+    own = reader(tiny_processor, {**tabletop, "target_px": 32}, tabletop)
+    small, *_, large = own.encode(list(own.dataset))
+    (drawn,) = [part for part in tiny_processor.decode_ids(torch.tensor(small["input_ids"])) if hasattr(part, "size")]
+    assert drawn.size == (32, 32) and len(large["input_ids"]) > len(small["input_ids"])
+    assert own.encode([own.dataset[0]]) == [small]
+
+
+def test_halves_of_panels_are_whole_scenes(tiny_processor):
+    own = reader(tiny_processor, {"path": "tabletop", "num_records": 8, "task": "pair"}, max_length=2000)
+    step_px = 2 * tiny_processor.uni_rep.size_unit_px
+    halves = {(w, h // 2) for w, h in tiny_processor.uni_rep.buckets(64) if h % step_px == 0}
+    assert {*own.sources[0].dataset.sizes} <= halves

@@ -34,7 +34,7 @@ from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .records import RecordError
 from .tabletop import TabletopSource
-from .tasks import ADAPTERS, check_columns, conversation
+from .tasks import ADAPTERS, check_columns, conversation, panel_sizes
 
 TABLETOP = "tabletop"
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
@@ -59,6 +59,7 @@ class Source:
         columns: the adapter's name of a column -> the dataset's, where they differ; a dotted one reaches into structs.
         options: of the adapter; for "tabletop" also `max_aspect_ratio` of its pictures (2).
         num_records: at most so many, from the beginning; "tabletop" has exactly so many.
+        target_px: as the mixture's, where it is another one for this source.
     """
 
     task: str
@@ -70,12 +71,15 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     num_records: int | None = None
+    target_px: int | None = None
 
     def __post_init__(self):
         if self.weight is not None and not (isinstance(self.weight, int | float) and self.weight > 0):
             raise ValueError(f"{self}: weight {self.weight!r}; accepted are numbers above 0")
         if self.num_records is not None and not is_whole(self.num_records, 1):
             raise ValueError(f"{self}: num_records {self.num_records!r}; accepted are 1 and more")
+        if self.target_px is not None and not is_whole(self.target_px, 1):
+            raise ValueError(f"{self}: target_px {self.target_px!r}; accepted are 1 and more")
         if self.path == TABLETOP and (self.num_records is None or self.streaming):
             raise ValueError(f"{self} needs num_records, and does not stream")
 
@@ -164,10 +168,11 @@ class Records:
 
     Attributes:
         num_records: None for a stream.
+        target_px: the source's own, or the mixture's.
     """
 
     def __init__(self, source: Source, mixture: Mixture, processor):
-        self.source = source
+        self.source, self.target_px = source, source.target_px or mixture.target_px
         self.options = dict(source.options)
         try:
             self.dataset = self._tabletop(mixture, processor) if source.path == TABLETOP else _open(source)
@@ -184,7 +189,9 @@ class Records:
 
     def _tabletop(self, mixture: Mixture, processor) -> Any:
         ratio = self.options.pop("max_aspect_ratio", 2.0)  # beyond 2, its four objects hardly have room
-        sizes = [s for s in processor.uni_rep.buckets(mixture.target_px) if max(s) <= ratio * min(s)]
+        has_panels = self.source.task in ("pair", "panel")
+        buckets = panel_sizes(processor, self.target_px) if has_panels else processor.uni_rep.buckets(self.target_px)
+        sizes = [size for size in buckets if max(size) <= ratio * min(size)]
         return TabletopSource(self.source.task, sizes, mixture.seed, self.source.split, self.source.num_records or 0)
 
     def _needed(self, columns: list[str]):
@@ -330,11 +337,15 @@ class MixtureReader:
     def attempt(self, rows: Sequence[dict[str, Any]], epoch: int = 0) -> list[dict[str, Any] | str]:
         """`input_ids`, `labels` and `task` of each row, or the reason to skip it."""
         talks = [self._conversation(row, record, epoch) for row, record in zip(rows, self._read(rows), strict=True)]
-        pictures = [picture for talk in talks if not isinstance(talk, str) for picture in talk[1]]
-        codes = iter(self.processor.encode_images(pictures, self.mixture.target_px))
+        targets_px = [self.sources[row["source"]].target_px for row in rows]
+        codes = {}
+        for target_px in {*targets_px}:
+            own = [talk for talk, px in zip(talks, targets_px, strict=True) if px == target_px]
+            pictures = [picture for talk in own if not isinstance(talk, str) for picture in talk[1]]
+            codes[target_px] = iter(self.processor.encode_images(pictures, target_px))
         return [
-            talk if isinstance(talk, str) else self._ids(row, talk[0], [next(codes) for _ in talk[1]])
-            for row, talk in zip(rows, talks, strict=True)
+            talk if isinstance(talk, str) else self._ids(row, talk[0], [next(codes[px]) for _ in talk[1]])
+            for row, talk, px in zip(rows, talks, targets_px, strict=True)
         ]
 
     def _read(self, rows: Sequence[dict[str, Any]]) -> list[Any]:
@@ -349,7 +360,7 @@ class MixtureReader:
         """Turns and pictures, or the reason why there are none."""
         records, name = self.sources[row["source"]], f"{self.mixture.seed}/{row['source']}/{row['index']}"
         rng = random.Random(f"{name}/{row.get('epoch', epoch)}" if self.random_crop else name)
-        source, sizes = records.source, (self.mixture.target_px, self.random_crop)
+        source, sizes = records.source, (records.target_px, self.random_crop)
         try:
             if isinstance(record, RecordError):
                 raise record

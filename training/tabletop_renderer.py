@@ -26,8 +26,10 @@ from .tabletop_scenes import (
     TABLES,
     WALLS,
     Scene,
+    SceneObject,
     horizon_px,
     project,
+    projected_box,
     unit_px,
 )
 
@@ -73,12 +75,12 @@ class Rendering:
 
 def render(scenes: Sequence[Scene], width_px: int, height_px: int, maps: bool = False) -> Rendering:
     """Renders scenes at one size, with 2 x 2 samples a pixel for RGB and one at the pixel's center for the maps."""
-    rgb = torch.zeros(len(scenes), height_px, width_px, 3)
+    rgb, size = torch.zeros(len(scenes), height_px, width_px, 3), (width_px, height_px)
     for dx, dy in ((0.25, 0.25), (0.75, 0.25), (0.25, 0.75), (0.75, 0.75)):
-        rgb += 0.25 * _shade(scenes, _origins(width_px, height_px, dx, dy)).view(rgb.shape)
+        rgb += 0.25 * _shade(scenes, _origins(*size, dx, dy), size).view(rgb.shape)
     if not maps:
         return Rendering(rgb.clamp(0, 1))
-    depth, normals, segmentation = _maps(scenes, _origins(width_px, height_px, 0.5, 0.5))
+    depth, normals, segmentation = _maps(scenes, _origins(*size, 0.5, 0.5), size)
     shape = (len(scenes), height_px, width_px)
     return Rendering(rgb.clamp(0, 1), depth.view(shape), normals.view(*shape, 3), segmentation.view(shape))
 
@@ -100,9 +102,9 @@ def _axes() -> torch.Tensor:
     return torch.tensor([[1.0, 0.0, 0.0], [0.0, cos, sin], [0.0, -sin, cos]])
 
 
-def _shade(scenes: Sequence[Scene], origins: torch.Tensor) -> torch.Tensor:
+def _shade(scenes: Sequence[Scene], origins: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Colors `(batch, pixels, 3)`: Lambert shading and what each surface adds; a darker table where objects stand."""
-    distance, normals, index = _intersect(scenes, origins)
+    distance, normals, index = _intersect(scenes, origins, size)
     points = origins + distance[..., None] * _axes()[2]
     palette, bases, surfaces = _properties(scenes)
     azimuth = torch.tensor([scene.light_azimuth for scene in scenes])
@@ -150,13 +152,15 @@ def _shadow(bases: torch.Tensor, points: torch.Tensor) -> torch.Tensor:
     return 1 - 0.35 * (away < 0.98 * radius).any(1)
 
 
-def _maps(scenes, origins):
-    distance, normals, index = _intersect(scenes, origins)
+def _maps(scenes, origins, size):
+    distance, normals, index = _intersect(scenes, origins, size)
     camera_normals = normals @ _axes().T * torch.tensor([1.0, 1.0, -1.0])
     return distance.clamp(NEAR, FAR), camera_normals, index
 
 
-def _intersect(scenes: Sequence[Scene], origins: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _intersect(
+    scenes: Sequence[Scene], origins: torch.Tensor, size: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Nearest hit of each ray: distance `(batch, rays)`, normal, and 1 + object index (0: table or wall)."""
     batch, forward = len(scenes), _axes()[2]
     ground = torch.stack([-origins[:, 1] / forward[1], (EDGE_Z - origins[:, 2]) / forward[2]])  # table, wall
@@ -165,36 +169,52 @@ def _intersect(scenes: Sequence[Scene], origins: torch.Tensor) -> tuple[torch.Te
     distances[:, 0] = distance
     normals = torch.zeros(batch, 5, len(origins), 3)
     normals[:, 0] = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0]])[is_wall]
-    for rows, slots, hits in _object_hits(scenes, origins, forward):
-        distances[rows, slots], normals[rows, slots] = hits
+    for rows, slots, rays, (t, hit_normals) in _object_hits(scenes, origins, size, forward):
+        distances[rows, slots, rays], normals[rows, slots, rays] = t, hit_normals
     nearest, index = distances.min(1)
     return nearest, normals.gather(1, index[:, None, :, None].expand(-1, 1, -1, 3))[:, 0], index
 
 
 def _object_hits(
-    scenes: Sequence[Scene], origins: torch.Tensor, forward: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor, Hits]]:
-    """For each shape: scene rows, object slots (from 1), and what their rays hit."""
-    for shape, hit in _HITS.items():
-        found = [
-            (r, s + 1, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects) if o.shape == shape
-        ]
+    scenes: Sequence[Scene], origins: torch.Tensor, size: tuple[int, int], forward: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Hits]]:
+    """For each shape: scene rows and object slots (from 1) `(objects, 1)`, rays near them, and what these hit."""
+    standing = [
+        (r, s, o)
+        for r, scene in enumerate(scenes)
+        for s, o in enumerate((*scene.objects, *([scene.mannequin] if scene.mannequin else [])), 1)
+    ]
+    for shape in (*_HITS, "mannequin"):
+        found = [(r, s, o) for r, s, o in standing if getattr(o, "shape", "mannequin") == shape]
         if not found:
             continue
         rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
-        center = torch.tensor([[o.x, 0.0, o.z] for _, _, o in found])[:, None]
-        radius = torch.tensor([o.radius for _, _, o in found])[:, None]
-        height = torch.tensor([o.height for _, _, o in found])[:, None]
-        turn = torch.stack([_turn(o.yaw) for _, _, o in found])
-        local = (origins - center) @ turn
-        t, normals = hit(local, (forward @ turn)[:, None].expand_as(local), radius, height)
-        yield rows, slots, (t, normals @ turn.mT)
-    found = [(r, len(scene.objects) + 1, scene.mannequin) for r, scene in enumerate(scenes) if scene.mannequin]
-    if found:
-        rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
-        shape = (len(found), *origins.shape)
-        hits = _hit_mannequins(origins.expand(shape), forward.expand(shape), [m for *_, m in found])
-        yield rows, slots, hits
+        rays = _window([o for *_, o in found], size)  # (objects, rays)
+        if shape == "mannequin":
+            hits = _hit_mannequins(origins[rays], forward.expand(*rays.shape, 3), [m for *_, m in found])
+        else:
+            hits = _hit_solids(shape, origins[rays], forward, [o for *_, o in found])
+        yield rows[:, None], slots[:, None], rays, hits
+
+
+def _window(standing: Sequence[SceneObject | Mannequin], size: tuple[int, int]) -> torch.Tensor:
+    """Indices of the rays around each, `(objects, rays)`; all windows are as large as the largest."""
+    width_px, height_px = size
+    boxes = torch.tensor([projected_box(o, *size) for o in standing]).floor().long()  # left, top, right, bottom
+    columns, rows = (min(int((boxes[:, i + 2] - boxes[:, i]).max()) + 1, size[i]) for i in (0, 1))
+    left = boxes[:, 0].clamp(0, width_px - columns)[:, None] + torch.arange(columns)
+    top = boxes[:, 1].clamp(0, height_px - rows)[:, None] + torch.arange(rows)
+    return (top[:, :, None] * width_px + left[:, None]).flatten(1)
+
+
+def _hit_solids(shape: str, origins: torch.Tensor, forward: torch.Tensor, solids: Sequence[SceneObject]) -> Hits:
+    center = torch.tensor([[o.x, 0.0, o.z] for o in solids])[:, None]
+    radius = torch.tensor([o.radius for o in solids])[:, None]
+    height = torch.tensor([o.height for o in solids])[:, None]
+    turn = torch.stack([_turn(o.yaw) for o in solids])
+    local = (origins - center) @ turn
+    t, normals = _HITS[shape](local, (forward @ turn)[:, None].expand_as(local), radius, height)
+    return t, normals @ turn.mT
 
 
 def _turn(yaw: float) -> torch.Tensor:

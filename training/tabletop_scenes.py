@@ -226,9 +226,9 @@ def fits(
     """Whether it lies inside the frame, apart from the others, neither hidden by nor hiding much of them."""
     if not all(_apart(candidate, o) for o in others):
         return False
-    box = _projected_box(candidate, width_px, height_px)
+    box = projected_box(candidate, width_px, height_px)
     inside = min(box) > 0.15 and box[2] < width_px - 0.15 and box[3] < height_px - 0.15
-    return inside and all(_visible(candidate, box, o, _projected_box(o, width_px, height_px)) for o in others)
+    return inside and all(_visible(candidate, box, o, projected_box(o, width_px, height_px)) for o in others)
 
 
 def _apart(a: SceneObject | Mannequin, b: SceneObject | Mannequin) -> bool:
@@ -261,7 +261,7 @@ def project(x: float, y: float, z: float, width_px: int, height_px: int) -> tupl
 
 
 @lru_cache(maxsize=4096)
-def _projected_box(o: SceneObject | Mannequin, width_px: int, height_px: int) -> tuple[float, float, float, float]:
+def projected_box(o: SceneObject | Mannequin, width_px: int, height_px: int) -> tuple[float, float, float, float]:
     """Box in pixels (left, top, right, bottom); a cube's is that of a cylinder around it."""
     if isinstance(o, Mannequin):
         balls = [(*o.points[i], radius) for a, b, radius in CAPSULES for i in (a, b)]

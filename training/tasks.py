@@ -165,7 +165,7 @@ def panels(record: Record, condition: str | Sequence[str] | None = None, **drawn
     words, `subject`, shown in `reference`.
     """
     picture = record.picture("image")
-    width_px, height_px = _panel_size(record, picture)
+    width_px, height_px = best_bucket(*picture.size, panel_sizes(record.processor, record.target_px))
     shown, words = _condition(record, picture, condition, drawn)
     halves = [shown, picture] if record.processor.tasks[record.task].continues else [picture, shown]
     both = Image.new("RGB", (width_px, 2 * height_px))
@@ -427,11 +427,10 @@ def _check_shares(name: str, *values: Any) -> None:
         raise ValueError(f"{name} {values}: accepted are 0 to 1")
 
 
-def _panel_size(record: Record, picture: Image.Image) -> tuple[int, int]:
-    """Size `(width_px, height_px)` of each of two panels, such that both together are a bucket."""
-    step_px = 2 * record.processor.uni_rep.size_unit_px
-    buckets = [(w, h // 2) for w, h in record.processor.uni_rep.buckets(record.target_px) if h % step_px == 0]
-    return best_bucket(picture.width, picture.height, buckets)
+def panel_sizes(processor, target_px: int) -> list[tuple[int, int]]:
+    """Sizes `(width_px, height_px)` of each of two panels, such that both together are a bucket."""
+    step_px = 2 * processor.uni_rep.size_unit_px
+    return [(w, h // 2) for w, h in processor.uni_rep.buckets(target_px) if h % step_px == 0]
 
 
 def _turns(record: Record) -> list[str]:
