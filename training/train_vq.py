@@ -1,12 +1,12 @@
-"""Trains a VQ model from scratch on all kinds of Tabletop's pictures: scenes, maps, skeletons, boxes, degraded ones.
+"""Makes a VQ model from nothing on all kinds of Tabletop's pictures: scenes, maps, skeletons, boxes, degraded ones.
 
     lumina-mgpt train training/recipes/tabletop/vq.yaml
 
-The model is a plain `diffusers.VQModel`, trained in three stages. First an autoencoder without a codebook; then, from
-k-means centers of its latents, the quantized model, whose codebook follows a moving average (VQ-VAE, arXiv 1711.00937,
-appendix A.1). Such a codebook spends most of its codes on shades of the table that nobody tells apart, and which of
-them a picture gets is noise to whoever must predict it. So at last codes that lie close together are merged, encoder
-and codebook stay as they are, and the decoder alone learns on. The run resumes from its last state.
+The result is a plain `diffusers.VQModel`. Its encoder is not learned by gradients: it projects each patch of the
+picture, by itself, on the principal components of all patches, and the codebook are k-means centers of these. So a
+patch has the same code wherever it is and whatever is around it. A learned encoder, which sees beyond the patch, puts
+some of that into its codes, and to whoever must predict them that is noise: with one it was most of a decoder's loss.
+What neighbours say about a patch is left to the decoder of the VQ model, which is trained. The run resumes.
 """
 
 import json
@@ -22,7 +22,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import VQModel
 from PIL import Image
-from scipy.cluster.hierarchy import fcluster, linkage
 
 from .degradation import degrade
 from .drawing import draw_box
@@ -34,81 +33,25 @@ class VQRecipe:
     """One run.
 
     Attributes:
-        output_dir: where the model goes, as `vqvae/`, with its scores and training states.
-        model: the configuration of a `diffusers.VQModel`; `num_vq_embeddings` is before merging.
-        num_codes: after merging.
+        output_dir: where the model goes, as `vqvae/`, with its scores and training state.
+        model: the configuration of a `diffusers.VQModel` without attention, whose last two levels are equally wide.
         pictures: `size` (width_px, height_px) and number of `scenes` of each pool that is rendered.
-        crop_px: larger pictures are cropped to this, in steps of a patch, as codes see them.
-        num_steps: with a learning encoder, of which the first `quantize_from_step` without a codebook.
-        num_decoder_steps: after merging.
+        crop_px: larger pictures are cropped to this, in steps of a patch.
+        num_patches: how many the components and the codebook are of.
+        num_steps: of the decoder.
     """
 
     output_dir: str
     model: dict
-    num_codes: int
     pictures: list[dict] = field(default_factory=lambda: [{"size": [64, 64], "scenes": 6000}])
     crop_px: int = 64
-    batch_size: int = 32
-    num_steps: int = 3000
-    num_decoder_steps: int = 1000
-    quantize_from_step: int = 300
+    num_patches: int = 400_000
+    batch_size: int = 16
+    num_steps: int = 1500
     learning_rate: float = 1e-3
     gradient_loss_weight: float = 0.5
-    commitment_weight: float = 0.5
-    codebook_decay: float = 0.98
     save_steps: int = 250
     seed: int = 0
-
-
-class Codebook:
-    """Moving-average upkeep of `VQModel.quantize.embedding`; with a decay of 1 it stays as it is."""
-
-    def __init__(self, embedding: torch.nn.Embedding, decay: float):
-        self.vectors = embedding.weight.requires_grad_(False)  # (codes, dim)
-        self.decay = decay
-        self.counts = torch.ones(len(self.vectors), device=self.vectors.device)
-        self.sums = self.vectors.clone()
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {"counts": self.counts, "sums": self.sums}
-
-    def load_state(self, state: dict[str, torch.Tensor]) -> None:
-        self.counts, self.sums = state["counts"], state["sums"]
-
-    def start(self, latents: torch.Tensor, iterations: int = 20) -> None:
-        """k-means++ (Arthur and Vassilvitskii 2007) over `latents` (samples, dim)."""
-        error = torch.full((len(latents),), torch.inf, device=latents.device)
-        chosen = latents[0]
-        for i in range(len(self.vectors)):
-            self.vectors[i] = chosen
-            error = torch.minimum(error, (latents - chosen).square().sum(1))
-            chosen = latents[torch.multinomial(error + 1e-12, 1)[0]]
-        for _ in range(iterations):
-            nearest = torch.cdist(latents, self.vectors).argmin(1)
-            counts = torch.bincount(nearest, minlength=len(self.vectors)).float()[:, None]
-            sums = torch.zeros_like(self.vectors).index_add_(0, nearest, latents)
-            self.vectors.copy_(torch.where(counts > 0, sums / counts.clamp(min=1), self.vectors))
-        self.counts, self.sums = torch.ones_like(self.counts), self.vectors.clone()
-
-    def quantize(self, latents: torch.Tensor) -> torch.Tensor:
-        """Nearest vectors of `latents` (batch, dim, rows, cols), after moving the codebook toward them."""
-        flat = latents.detach().movedim(1, -1).reshape(-1, latents.shape[1])
-        error, nearest = torch.cdist(flat, self.vectors).min(1)
-        quantized = self.vectors[nearest].view(*latents.movedim(1, -1).shape).movedim(-1, 1)
-        if self.decay < 1:
-            self._follow(flat, nearest, error)
-        return quantized
-
-    def _follow(self, flat: torch.Tensor, nearest: torch.Tensor, error: torch.Tensor) -> None:
-        counts = torch.bincount(nearest, minlength=len(self.vectors)).float()
-        sums = torch.zeros_like(self.sums).index_add_(0, nearest, flat)
-        self.counts.lerp_(counts, 1 - self.decay)
-        self.sums.lerp_(sums, 1 - self.decay)
-        dead = (self.counts < 0.02).nonzero()[:, 0]
-        if len(dead):  # they start again at latents that are far from every code
-            self.sums[dead] = flat[torch.multinomial(error.square() + 1e-12, len(dead))]
-            self.counts[dead] = 1.0
-        self.vectors.copy_(self.sums / self.counts[:, None])
 
 
 KINDS = {"image": 0.55, **dict.fromkeys(MAPS, 0.1), "other": 0.15}  # shares of a batch
@@ -140,8 +83,8 @@ def _render(indices: range, size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def _other(index: int, picture: Image.Image, marked: dict) -> Image.Image:
-    """A frame around an object, or a degraded picture, in turn."""
-    if index % 2:
+    """A frame around an object, or, once in four times, a degraded picture."""
+    if index % 4:
         return draw_box(marked["image"], marked["box"])
     degraded, _ = degrade(picture, 4, random.Random(index))
     return degraded.resize(picture.size, Image.Resampling.BICUBIC)
@@ -152,13 +95,126 @@ def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Gener
     num_scenes = np.array([len(pool) for pool in pools])
     pool = pools[rng.choice(len(pools), p=num_scenes / num_scenes.sum())]
     height, width = (min(side, recipe.crop_px) for side in pool.shape[2:4])
-    patch = 2 ** (len(recipe.model["block_out_channels"]) - 1)
-    crops = []
+    patch, crops = _patch_px(recipe), []
     for kind in rng.choice(len(KINDS), recipe.batch_size, p=[*KINDS.values()]):
         top = patch * rng.integers(0, (pool.shape[2] - height) // patch + 1)
         left = patch * rng.integers(0, (pool.shape[3] - width) // patch + 1)
         crops.append(pool[rng.integers(len(pool)), kind, top : top + height, left : left + width])
     return torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _patch_px(recipe: VQRecipe) -> int:
+    return 2 ** (len(recipe.model["block_out_channels"]) - 1)
+
+
+# --- the encoder and the codebook ------------------------------------------------------------------------------------
+
+
+def sample_patches(pools: list[np.ndarray], recipe: VQRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Patches in [-1, 1] that differ, `(patches, side, side, 3)`, and the square root of how often each comes.
+
+    The root, since the empty table would else outweigh everything on it.
+    """
+    rng, side, found, num_found = np.random.default_rng(recipe.seed), _patch_px(recipe), [], 0
+    while num_found < recipe.num_patches:
+        pixels = ((sample_batch(pools, recipe, rng) + 1) * 127.5).round().byte()
+        found.append(F.pixel_unshuffle(pixels, side).movedim(1, -1).reshape(-1, 3 * side * side).numpy())
+        num_found += len(found[-1])
+    rows = np.concatenate(found)
+    kept, counts = np.unique(rows.view(np.dtype((np.void, rows.shape[1]))).ravel(), return_counts=True)
+    patches = torch.from_numpy(kept.view(np.uint8).reshape(-1, 3, side, side).copy()).permute(0, 2, 3, 1)
+    return patches.float() / 127.5 - 1, torch.from_numpy(counts).float().sqrt()
+
+
+@torch.no_grad()
+def project_patches(model: VQModel, patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """Makes the encoder a projection of each patch; returns that of `patches`, `(patches, components)`.
+
+    Residual branches are zero, and what is left of the encoder folds 2 x 2 neighbours at each level and keeps their
+    principal components. Of the last ones each goes through the final norm and SiLU with both signs, and these are
+    taken from each other: silu(y) - silu(-y) = y. In each of the norm's groups two constants far above all components
+    make its mean zero and its deviation the same in every picture.
+    """
+    encoder, norm = model.encoder, model.encoder.conv_norm_out
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.weight.zero_()
+            module.bias.zero_()
+    _pass_on(encoder.conv_in, 3)
+    for block in encoder.down_blocks[:-1]:
+        for resnet in block.resnets:
+            if resnet.conv_shortcut is not None:
+                _pass_on(resnet.conv_shortcut, resnet.conv_shortcut.in_channels)
+        is_last, conv = block is encoder.down_blocks[-2], block.downsamplers[0].conv
+        patches = _folded(patches)
+        num_kept = min(patches.shape[-1], model.config["latent_channels"] if is_last else conv.out_channels)
+        basis = _components(patches, weights, num_kept)
+        mean = (weights @ patches.flatten(1, 2).mean(1) / weights.sum()) @ basis if is_last else torch.zeros(num_kept)
+        patches = patches @ basis - mean
+        kernel = basis.T.view(num_kept, 2, 2, -1).movedim(-1, 1)  # (components, channels, 2, 2)
+        if not is_last:
+            conv.weight[:num_kept, : kernel.shape[1], :2, :2] = kernel
+    patches = patches[:, 0, 0]  # (patches, components)
+
+    width = norm.num_channels // norm.num_groups
+    per_group = width // 2 - 1
+    energy = weights @ patches.square() / weights.sum()
+    for group, first in enumerate(range(0, num_kept, per_group)):
+        members, start = range(first, min(first + per_group, num_kept)), group * width
+        constant = 32 * float(energy[first : first + per_group].sum().sqrt())
+        conv.bias[start], conv.bias[start + 1] = constant, -constant
+        norm.weight[start : start + width] = (
+            2 * (constant**2 + energy[first : first + per_group].sum()) / width
+        ) ** 0.5
+        for place, member in enumerate(members, 1):
+            for sign, channel in ((1, start + 2 * place), (-1, start + 2 * place + 1)):
+                conv.weight[channel, : kernel.shape[1], :2, :2] = sign * kernel[member]
+                conv.bias[channel] = -sign * mean[member]
+                encoder.conv_out.weight[member, channel, 1, 1] = sign
+    norm.bias.zero_()
+    _pass_on(model.quant_conv, num_kept)
+    model.quant_conv.bias.zero_()
+    return patches
+
+
+def _pass_on(conv: torch.nn.Conv2d, num_channels: int) -> None:
+    """Makes the first channels of a convolution its output."""
+    conv.weight.zero_()
+    middle = conv.kernel_size[0] // 2
+    for channel in range(num_channels):
+        conv.weight[channel, channel, middle, middle] = 1
+
+
+def _folded(x: torch.Tensor) -> torch.Tensor:
+    """`(patches, side, side, channels)` to `(patches, side / 2, side / 2, 4 * channels)`."""
+    count, side, _, channels = x.shape
+    x = x.view(count, side // 2, 2, side // 2, 2, channels).transpose(2, 3)
+    return x.reshape(count, side // 2, side // 2, 4 * channels)
+
+
+def _components(x: torch.Tensor, weights: torch.Tensor, num_kept: int) -> torch.Tensor:
+    """The directions `(channels, kept)` in which the last axis of `x` spreads most, as bfloat16 has them."""
+    rows = (weights.sqrt()[:, None, None, None] * x).flatten(0, 2)
+    _, vectors = torch.linalg.eigh(rows.T @ rows)
+    return vectors[:, -num_kept:].flip(1).bfloat16().float()
+
+
+def find_centers(points: torch.Tensor, weights: torch.Tensor, num_centers: int, iterations: int = 25) -> torch.Tensor:
+    """k-means from k-means++ (Arthur and Vassilvitskii 2007) of weighted `points` (count, dim)."""
+    centers = points[weights.argmax()].repeat(num_centers, 1)
+    error = torch.full((len(points),), torch.inf)
+    for i in range(1, num_centers):
+        error = torch.minimum(error, (points - centers[i - 1]).square().sum(1))
+        centers[i] = points[torch.multinomial(error * weights + 1e-12, 1)[0]]
+    for _ in range(iterations):
+        nearest = torch.cat([torch.cdist(chunk, centers).argmin(1) for chunk in points.split(2**14)])
+        counts = torch.zeros(num_centers).index_add_(0, nearest, weights)[:, None]
+        sums = torch.zeros_like(centers).index_add_(0, nearest, points * weights[:, None])
+        centers = torch.where(counts > 0, sums / counts.clamp(min=1e-9), centers)
+    return centers.bfloat16().float()
+
+
+# --- the decoder -----------------------------------------------------------------------------------------------------
 
 
 def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
@@ -184,14 +240,17 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
     output_dir.mkdir(parents=True, exist_ok=True)
     pools = render_pictures(recipe)
 
-    model = VQModel(**recipe.model).to(device, memory_format=torch.channels_last)
-    codebook = Codebook(model.quantize.embedding, recipe.codebook_decay)
-    _fit(model, codebook, pools, recipe, "codes", recipe.num_steps)
-    model = merge_codes(model, _latents(model, pools, recipe), recipe.num_codes)
-    model.to(memory_format=torch.channels_last)
+    model, path = VQModel(**recipe.model), output_dir / "state.pt"
+    if not path.exists():
+        patches, weights = sample_patches(pools, recipe)
+        points = project_patches(model, patches, weights)
+        centers = find_centers(points, weights, recipe.model["num_vq_embeddings"])
+        model.quantize.embedding.weight.data.copy_(centers)
+        print(f"{len(centers)} codes of {len(points)} different patches", flush=True)
+    model.to(device, memory_format=torch.channels_last)
     for part in (model.encoder, model.quant_conv, model.quantize):
         part.requires_grad_(False)
-    _fit(model, Codebook(model.quantize.embedding, decay=1), pools, recipe, "decoder", recipe.num_decoder_steps)
+    _fit(model, pools, recipe, path)
 
     model.bfloat16().save_pretrained(output_dir / "vqvae")
     scores = evaluate(model.float().eval(), recipe)  # of the weights as saved
@@ -200,88 +259,45 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
     return model
 
 
-def _fit(
-    model: VQModel, codebook: Codebook, pools: list[np.ndarray], recipe: VQRecipe, stage: str, num_steps: int
-) -> None:
-    """Trains what learns, in "codes" all of it and in "decoder" that; state in `output_dir/<stage>.pt`."""
+def _fit(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, path: Path) -> None:
     weights = [p for p in model.train().parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=recipe.learning_rate, betas=(0.9, 0.99), weight_decay=1e-4)
-    path = Path(recipe.output_dir) / f"{stage}.pt"
-    first_step = _resume(path, model, codebook, optimizer)
+    first_step = _resume(path, model, optimizer)
     started = time.time()
-    for step in range(first_step, num_steps):
+    for step in range(first_step, recipe.num_steps):
         pixels = sample_batch(pools, recipe, np.random.default_rng((recipe.seed, step)))
         pixels = pixels.to(model.device, memory_format=torch.channels_last)
-        optimizer.param_groups[0]["lr"] = learning_rate_at(step, num_steps, recipe.learning_rate)
-        if stage == "codes" and step == recipe.quantize_from_step:
-            codebook.start(_latents(model, pools, recipe))
-        quantized = stage == "decoder" or step >= recipe.quantize_from_step
-        loss = _loss(model, codebook if quantized else None, pixels, recipe)
+        optimizer.param_groups[0]["lr"] = learning_rate_at(step, recipe.num_steps, recipe.learning_rate)
+        with torch.no_grad():
+            quantized, _, _ = model.quantize(model.encode(pixels).latents)
+        output = model.decoder(model.post_quant_conv(quantized))
+        loss = reconstruction_loss(output, pixels, recipe.gradient_loss_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         if (step + 1) % 50 == 0:
-            seconds = time.time() - started
-            print(f"{stage}: step {step + 1}/{num_steps} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
-        if (step + 1) % recipe.save_steps == 0 or step + 1 == num_steps:
-            _save(path, step + 1, model, codebook, optimizer)
+            print(
+                f"step {step + 1}/{recipe.num_steps} loss {loss.item():.4f} {time.time() - started:.0f} s", flush=True
+            )
+        if (step + 1) % recipe.save_steps == 0 or step + 1 == recipe.num_steps:
+            _save(path, step + 1, model, optimizer)
 
 
-def _loss(model: VQModel, codebook: Codebook | None, pixels: torch.Tensor, recipe: VQRecipe) -> torch.Tensor:
-    latents = model.quant_conv(model.encoder(pixels))
-    used, commitment = latents, latents.new_zeros(())
-    if codebook is not None:
-        nearest = codebook.quantize(latents)
-        commitment = F.mse_loss(latents, nearest)
-        used = latents + (nearest - latents).detach()
-    output = model.decoder(model.post_quant_conv(used))
-    return reconstruction_loss(output, pixels, recipe.gradient_loss_weight) + recipe.commitment_weight * commitment
-
-
-@torch.no_grad()
-def _latents(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, num_batches: int = 30) -> torch.Tensor:
-    """(samples, dim)"""
-    rng = np.random.default_rng(recipe.seed)
-    found = [model.encode(sample_batch(pools, recipe, rng).to(model.device)).latents for _ in range(num_batches)]
-    return torch.cat([z.movedim(1, -1).reshape(-1, z.shape[1]) for z in found])
-
-
-@torch.no_grad()
-def merge_codes(model: VQModel, latents: torch.Tensor, num_codes: int) -> VQModel:
-    """A model of `num_codes`: average linkage joins the closest, at the mean of how often `latents` use each."""
-    vectors = model.quantize.embedding.weight
-    groups = torch.from_numpy(fcluster(linkage(vectors.cpu().numpy(), "average"), num_codes, "maxclust") - 1).long()
-    groups = groups.to(vectors.device)
-    uses = torch.bincount(torch.cdist(latents, vectors).argmin(1), minlength=len(vectors))[:, None] + 0.5
-    sums = torch.zeros(int(groups.max()) + 1, vectors.shape[1], device=vectors.device)
-    means = sums.index_add(0, groups, vectors * uses) / torch.zeros_like(sums[:, :1]).index_add(0, groups, uses)
-    merged = VQModel.from_config({**model.config, "num_vq_embeddings": len(means)}).to(vectors.device)
-    merged.load_state_dict({**model.state_dict(), "quantize.embedding.weight": means})
-    return merged
-
-
-def _save(path: Path, step: int, model: VQModel, codebook: Codebook, optimizer) -> None:
+def _save(path: Path, step: int, model: VQModel, optimizer: torch.optim.Optimizer) -> None:
     """One file, replaced atomically, so that a killed run resumes from a whole state."""
-    state = {
-        "step": step,
-        "model": model.state_dict(),
-        "codebook": codebook.state(),
-        "optimizer": optimizer.state_dict(),
-    }
     part = path.with_suffix(".part")
-    torch.save(state, part)
+    torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, part)
     part.rename(path)
 
 
-def _resume(path: Path, model: VQModel, codebook: Codebook, optimizer) -> int:
+def _resume(path: Path, model: VQModel, optimizer: torch.optim.Optimizer) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, weights_only=True, map_location=model.device)
     model.load_state_dict(state["model"])
-    codebook.load_state(state["codebook"])
     optimizer.load_state_dict(state["optimizer"])
-    print(f"{path.stem}: resumed at step {state['step']}", flush=True)
+    print(f"resumed at step {state['step']}", flush=True)
     return state["step"]
 
 
