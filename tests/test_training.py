@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -278,20 +279,34 @@ def test_values_that_are_none_of_a_librarys_are_an_error(recipe, part, says):
         train(made)
 
 
-def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):
+def vq_recipe(folder, tiny_vqvae, **values):
     model = {k: v for k, v in tiny_vqvae.config.items() if k in ("down_block_types", "up_block_types")}
-    model |= {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "num_vq_embeddings": 16}
-    values = {"output_dir": str(tmp_path), "model": model, "pictures": [{"size_px": 64, "scenes": 4}]}
-    values |= {"num_codes": 8, "num_decoder_steps": 2}
-    recipe = train_vq.VQRecipe(**values, batch_size=2, num_steps=4, quantize_from_step=2, save_steps=2)
-    model = train_vq.train(recipe)
-    assert model.config["num_vq_embeddings"] == 8
-    codes, decoder = (torch.load(tmp_path / f"{name}.pt", weights_only=True)["model"] for name in ("codes", "decoder"))
-    for name, weight in decoder.items():  # merging leaves the encoder alone
-        assert torch.equal(weight, codes[name]) or not name.startswith(("encoder", "quant_conv")), name
-    again = train_vq.train(recipe)  # nothing left to do: the same weights again
+    model |= {"block_out_channels": (4, 8, 16, 16), "norm_num_groups": 2, "num_vq_embeddings": 32}
+    model |= {"latent_channels": 6, "vq_embed_dim": 6, "mid_block_add_attention": False, "lookup_from_codebook": True}
+    pictures = [{"size": [64, 64], "scenes": 4}, {"size": [80, 48], "scenes": 2}]
+    values = {"batch_size": 2, "num_steps": 4, "save_steps": 2, "num_patches": 500, **values}
+    return train_vq.VQRecipe(str(folder), model, pictures, **values)
+
+
+def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):
+    model = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))
+    again = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))  # nothing left to do: the same weights again
     assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
     assert (tmp_path / "scores.json").exists()
+
+
+def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
+    model = train_vq.train(vq_recipe(tmp_path, tiny_vqvae, num_steps=1))
+    picture = torch.from_numpy(np.load(next(tmp_path.glob("*64x64*.npy")))[0, 0]).permute(2, 0, 1) / 127.5 - 1
+    patches = picture.view(3, 8, 8, 8, 8).permute(1, 3, 0, 2, 4).flatten(0, 1)  # (64, 3, 8, 8)
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    moved = patches[order].view(4, 16, 3, 8, 8).permute(2, 0, 3, 1, 4).reshape(3, 32, 128)
+
+    def encode(pixels):
+        return model.quantize(model.encode(pixels[None]).latents)[2][2]
+
+    with torch.no_grad():
+        assert torch.equal(encode(moved), encode(picture)[order])
 
 
 def test_psnr_and_ssim_of_known_pictures():

@@ -221,7 +221,7 @@ def _say(
     except ValueError:  # no sentence in this split
         return None
     if task == "vqa":
-        asked = sample_question(scene, *kinds, rng, answer)
+        asked = sample_question(scene, kinds[0], rng, answer)
         return Plan(size, (scene,), {"question": asked[0], "answer": asked[1]}, kinds) if asked else None
     if task == "image-to-text":
         return _talk(rng, size, scene)

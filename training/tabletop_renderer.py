@@ -179,22 +179,21 @@ def _object_hits(
     scenes: Sequence[Scene], origins: torch.Tensor, size: tuple[int, int], forward: torch.Tensor
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, Hits]]:
     """For each shape: scene rows and object slots (from 1) `(objects, 1)`, rays near them, and what these hit."""
-    standing = [
-        (r, s, o)
-        for r, scene in enumerate(scenes)
-        for s, o in enumerate((*scene.objects, *([scene.mannequin] if scene.mannequin else [])), 1)
-    ]
-    for shape in (*_HITS, "mannequin"):
-        found = [(r, s, o) for r, s, o in standing if getattr(o, "shape", "mannequin") == shape]
-        if not found:
-            continue
-        rows, slots = torch.tensor([r for r, _, _ in found]), torch.tensor([s for _, s, _ in found])
-        rays = _window([o for *_, o in found], size)  # (objects, rays)
-        if shape == "mannequin":
-            hits = _hit_mannequins(origins[rays], forward.expand(*rays.shape, 3), [m for *_, m in found])
-        else:
-            hits = _hit_solids(shape, origins[rays], forward, [o for *_, o in found])
-        yield rows[:, None], slots[:, None], rays, hits
+    for shape in _HITS:
+        found = [
+            (r, s, o) for r, scene in enumerate(scenes) for s, o in enumerate(scene.objects, 1) if o.shape == shape
+        ]
+        if found:
+            rows, slots, solids = zip(*found, strict=True)
+            rays = _window(solids, size)  # (objects, rays)
+            hits = _hit_solids(shape, origins[rays], forward, solids)
+            yield torch.tensor(rows)[:, None], torch.tensor(slots)[:, None], rays, hits
+    standing = [(r, len(scene.objects) + 1, scene.mannequin) for r, scene in enumerate(scenes) if scene.mannequin]
+    if standing:
+        rows, slots, mannequins = zip(*standing, strict=True)
+        rays = _window(mannequins, size)
+        hits = _hit_mannequins(origins[rays], forward.expand(*rays.shape, 3), mannequins)
+        yield torch.tensor(rows)[:, None], torch.tensor(slots)[:, None], rays, hits
 
 
 def _window(standing: Sequence[SceneObject | Mannequin], size: tuple[int, int]) -> torch.Tensor:
@@ -369,7 +368,7 @@ def find_joints(rendering: Rendering, row: int, scene: Scene) -> torch.Tensor:
         raise ValueError("the scene has no mannequin")
     height_px, width_px = rendering.segmentation.shape[1:]
     points = torch.tensor(scene.mannequin.points[: len(JOINTS)])
-    x, y = torch.tensor([project(*point, width_px, height_px) for point in points.tolist()]).unbind(-1)
+    x, y = torch.tensor([project(x, y, z, width_px, height_px) for x, y, z in points.tolist()]).unbind(-1)
     rows, columns = y.long().clamp(0, height_px - 1), x.long().clamp(0, width_px - 1)
     is_mannequin = rendering.segmentation[row][rows, columns] == len(scene.objects) + 1
     depth = EDGE_DEPTH + (points - torch.tensor([0.0, 0.0, EDGE_Z])) @ _axes()[2]

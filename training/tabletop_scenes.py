@@ -203,7 +203,8 @@ def _place(rng, combinations, width_px, height_px, mannequin=None) -> list[Scene
     for _ in range(30 * len(combinations)):
         shape, color, size = combinations[len(objects)]
         (surface,) = rng.choices(list(SURFACES), [*SURFACES.values()])
-        candidate = SceneObject(shape, color, size, *rng.choice(places), YAW, surface)
+        x, z = rng.choice(places)
+        candidate = SceneObject(shape, color, size, x, z, YAW, surface)
         if fits(candidate, [*objects, mannequin] if mannequin else objects, width_px, height_px):
             objects.append(candidate)
             if len(objects) == len(combinations):
@@ -272,7 +273,7 @@ def projected_box(o: SceneObject | Mannequin, width_px: int, height_px: int) -> 
         rims, around = [(0.0, o.radius), (o.height, top)], ((-1, 0), (1, 0), (0, -1), (0, 1))
         balls = [(o.x + dx * r, y, o.z + dz * r, 0.0) for y, r in rims for dx, dz in around]
     scale = unit_px(width_px, height_px)
-    places = [(*project(*center, width_px, height_px), scale * radius) for *center, radius in balls]
+    places = [(*project(x, y, z, width_px, height_px), scale * radius) for x, y, z, radius in balls]
     left, top_px = min(u - r for u, _, r in places), min(v - r for _, v, r in places)
     return left, top_px, max(u + r for u, _, r in places), max(v + r for _, v, r in places)
 

@@ -138,8 +138,8 @@ def project_patches(model: VQModel, patches: torch.Tensor, weights: torch.Tensor
     encoder, norm = model.encoder, model.encoder.conv_norm_out
     for module in encoder.modules():
         if isinstance(module, torch.nn.Conv2d):
-            module.weight.zero_()
-            module.bias.zero_()
+            for parameter in module.parameters():
+                parameter.zero_()
     _pass_on(encoder.conv_in, 3)
     for block in encoder.down_blocks[:-1]:
         for resnet in block.resnets:
