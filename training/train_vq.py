@@ -130,51 +130,56 @@ def sample_patches(pools: list[np.ndarray], recipe: VQRecipe) -> tuple[torch.Ten
 def project_patches(model: VQModel, patches: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Makes the encoder a projection of each patch; returns that of `patches`, `(patches, components)`.
 
-    Residual branches are zero, and what is left of the encoder folds 2 x 2 neighbours at each level and keeps their
-    principal components. Of the last ones each goes through the final norm and SiLU with both signs, and these are
-    taken from each other: silu(y) - silu(-y) = y. In each of the norm's groups two constants far above all components
-    make its mean zero and its deviation the same in every picture.
+    Residual branches are zero. What is left of the encoder folds 2 x 2 neighbours at each level, and keeps their
+    principal components.
     """
-    encoder, norm = model.encoder, model.encoder.conv_norm_out
-    for module in encoder.modules():
+    for module in model.encoder.modules():
         if isinstance(module, torch.nn.Conv2d):
             for parameter in module.parameters():
                 parameter.zero_()
-    _pass_on(encoder.conv_in, 3)
-    for block in encoder.down_blocks[:-1]:
+    _pass_on(model.encoder.conv_in, 3)
+    *blocks, last_block, _ = model.encoder.down_blocks
+    for block in (*blocks, last_block):
         for resnet in block.resnets:
             if resnet.conv_shortcut is not None:
                 _pass_on(resnet.conv_shortcut, resnet.conv_shortcut.in_channels)
-        is_last, conv = block is encoder.down_blocks[-2], block.downsamplers[0].conv
-        patches = _folded(patches)
-        num_kept = min(patches.shape[-1], model.config["latent_channels"] if is_last else conv.out_channels)
-        basis = _components(patches, weights, num_kept)
-        mean = (weights @ patches.flatten(1, 2).mean(1) / weights.sum()) @ basis if is_last else torch.zeros(num_kept)
-        patches = patches @ basis - mean
-        kernel = basis.T.view(num_kept, 2, 2, -1).movedim(-1, 1)  # (components, channels, 2, 2)
-        if not is_last:
-            conv.weight[:num_kept, : kernel.shape[1], :2, :2] = kernel
-    patches = patches[:, 0, 0]  # (patches, components)
+        patches, conv = _folded(patches), block.downsamplers[0].conv
+        width = conv.out_channels if block in blocks else model.config["latent_channels"]
+        basis = _components(patches, weights, min(patches.shape[-1], width))
+        patches = patches @ basis
+        kernel = basis.T.view(basis.shape[1], 2, 2, -1).movedim(-1, 1)  # (components, channels, 2, 2)
+        if block in blocks:
+            conv.weight[: len(kernel), : kernel.shape[1], :2, :2] = kernel
+    points = patches[:, 0, 0]  # (patches, components)
+    mean = weights @ points / weights.sum()
+    points = points - mean
+    _lead_past_norm(model.encoder, conv, kernel, mean, weights @ points.square() / weights.sum())
+    _pass_on(model.quant_conv, len(kernel))
+    model.quant_conv.bias.zero_()
+    return points
 
+
+def _lead_past_norm(
+    encoder: torch.nn.Module, conv: torch.nn.Conv2d, kernel: torch.Tensor, mean: torch.Tensor, energy: torch.Tensor
+) -> None:
+    """Makes `conv`, the final norm, SiLU and the last convolution of the encoder give `kernel`'s components.
+
+    Each goes through with both signs, and these are taken from each other: silu(y) - silu(-y) = y. In each of the
+    norm's groups two constants far above all components make its mean zero and its deviation the same in all pictures.
+    """
+    norm = encoder.conv_norm_out
+    norm.bias.zero_()
     width = norm.num_channels // norm.num_groups
-    per_group = width // 2 - 1
-    energy = weights @ patches.square() / weights.sum()
-    for group, first in enumerate(range(0, num_kept, per_group)):
-        members, start = range(first, min(first + per_group, num_kept)), group * width
-        constant = 32 * float(energy[first : first + per_group].sum().sqrt())
+    for group, members in enumerate(torch.arange(len(kernel)).split(width // 2 - 1)):
+        start, total = group * width, energy[members].sum()
+        constant = 32 * total.sqrt()
         conv.bias[start], conv.bias[start + 1] = constant, -constant
-        norm.weight[start : start + width] = (
-            2 * (constant**2 + energy[first : first + per_group].sum()) / width
-        ) ** 0.5
-        for place, member in enumerate(members, 1):
+        norm.weight[start : start + width] = (2 * (constant**2 + total) / width).sqrt()
+        for place, member in enumerate(members.tolist(), 1):
             for sign, channel in ((1, start + 2 * place), (-1, start + 2 * place + 1)):
                 conv.weight[channel, : kernel.shape[1], :2, :2] = sign * kernel[member]
                 conv.bias[channel] = -sign * mean[member]
                 encoder.conv_out.weight[member, channel, 1, 1] = sign
-    norm.bias.zero_()
-    _pass_on(model.quant_conv, num_kept)
-    model.quant_conv.bias.zero_()
-    return patches
 
 
 def _pass_on(conv: torch.nn.Conv2d, num_channels: int) -> None:
