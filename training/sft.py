@@ -216,7 +216,20 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
         image_token_id=processor.image_token_id,
         **shape["config"],
     )
-    return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), vqvae, processor)
+    model = LuminaMGPTForConditionalGeneration(config)
+    _start_codes_alike(model, vqvae, processor.uni_rep.code_ids)
+    return LuminaMGPTPipeline(model, vqvae, processor)
+
+
+@torch.no_grad()
+def _start_codes_alike(model: LuminaMGPTForConditionalGeneration, vqvae: VQModel, code_ids: torch.Tensor) -> None:
+    """Adds a random projection of the codebook to the embeddings of codes: those that look alike begin alike."""
+    codes = vqvae.quantize.embedding.weight.float()  # (codes, components)
+    codes = (codes - codes.mean(0)) / codes.std(0).sqrt()
+    codes = codes / codes.norm(dim=1).mean()
+    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
+        projection = model.config.initializer_range * torch.randn(codes.shape[1], model.config.hidden_size)
+        embeddings.weight[code_ids] += codes @ projection
 
 
 def make_start(recipe: SFTRecipe) -> str:

@@ -55,6 +55,7 @@ class VQRecipe:
 
 
 KINDS = {"image": 0.55, **dict.fromkeys(MAPS, 0.1), "other": 0.15}  # shares of a batch
+CHUNK = 32  # scenes rendered together
 
 
 def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
@@ -64,7 +65,7 @@ def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
         (width_px, height_px), num_scenes = entry["size"], entry["scenes"]
         path = Path(recipe.output_dir) / f"pictures-{width_px}x{height_px}px-{num_scenes}.npy"
         if not path.exists():
-            chunks = [range(i, min(i + 32, num_scenes)) for i in range(0, num_scenes, 32)]
+            chunks = [range(i, min(i + CHUNK, num_scenes)) for i in range(0, num_scenes, CHUNK)]
             with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as workers:
                 drawn = workers.map(_render, chunks, repeat((width_px, height_px)), repeat(recipe.seed))
                 pool = np.concatenate([*drawn])
@@ -75,8 +76,13 @@ def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
 
 
 def _render(indices: range, size: tuple[int, int], seed: int) -> np.ndarray:
-    records = TabletopSource("control", [size], seed, "train", indices.stop).fetch(indices)
-    boxes = TabletopSource("detection", [size], seed, "train", indices.stop).fetch(indices)
+    """Every fourth chunk has combinations that the language model is tested with: codes must be able to show them.
+
+    They are other scenes than the tests': no other seed is negative.
+    """
+    split = "train" if indices.start // CHUNK % 4 else "test"
+    records = TabletopSource("control", [size], -1 - seed, split, indices.stop).fetch(indices)
+    boxes = TabletopSource("detection", [size], -1 - seed, split, indices.stop).fetch(indices)
     for index, record, marked in zip(indices, records, boxes, strict=True):
         record["other"] = record.get("pose") or _other(index, record["image"], marked)
     return np.stack([[np.asarray(record[kind]) for kind in KINDS] for record in records])
