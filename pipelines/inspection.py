@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import MIN_DECAYED_SCALE, entropy
+from modeling_lumina_mgpt.decoding_lumina_mgpt import MIN_DECAYED_SCALE, entropy
 
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline

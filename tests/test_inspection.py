@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import entropy
+from modeling_lumina_mgpt.decoding_lumina_mgpt import entropy
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.pipelines.inspection import (
     HEAT,
