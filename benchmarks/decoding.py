@@ -60,7 +60,7 @@ DRAFTS = ("uniform", "above", "left")
 DRAFT_WINDOW = 16  # at which they are compared
 SIDE = 32  # codes on a side of a picture of 512 x 512
 SIDES = (8, 16, 32, 64)
-PLACES = (1 / 16, 1 / 2, 15 / 16)  # of a picture, where parts of it are timed
+PLACES = (1 / 16, 15 / 16)  # of a picture, where parts of it are timed; the time between grows with the cache
 BATCH_SIZES = (1, 2, 4, 8)
 INK, GRID, COLORS = (40, 40, 40), (225, 225, 225), ("#1f77b4", "#d62728", "#2ca02c")
 LINES: list[str] = []  # of the report
@@ -100,11 +100,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the 100M model")
-    parser.add_argument("--num-turns", type=int, default=5)
+    parser.add_argument("--num-turns", type=int, default=5, help="of the default checkpoint; the 100M model has half")
     parser.add_argument("--num-pictures", type=int, default=200, help="over which memory must not grow")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args()
-    charts = []
+    args.large_turns = range(1, 2 + args.num_turns // 2)
+    charts: list[Image.Image] = []
     codes_per_step = print_default(args, charts)
     print_memory(args)
     model = random_model("100M", DTYPES[args.dtype], args.device)
@@ -229,10 +230,10 @@ def generate(model, way: Way, input_ids: Tensor, seed: int, **arguments) -> tupl
     return output.sequences, int(output.num_steps.max())
 
 
-def in_turns(ways: Sequence[Way], num_turns: int, run: Callable[[Way, int], Iterable]) -> dict[str, Timing]:
-    """Each way's timing. `run(way, turn)` gives seconds, steps, tokens, peak bytes; the first turn is not counted."""
+def in_turns(ways: Sequence[Way], turns: Iterable[int], run: Callable[[Way, int], tuple]) -> dict[str, Timing]:
+    """Each way's timing. `run(way, turn)` gives seconds, steps, tokens and peak bytes; turn 0 is not counted."""
     timings = {way.name: Timing() for way in ways}
-    for turn in range(num_turns + 1):
+    for turn in turns:
         for way in ways:
             seconds, num_steps, num_tokens, peak = run(way, turn)
             timing = timings[way.name]
@@ -308,8 +309,9 @@ def print_default(args: argparse.Namespace, charts: list) -> dict[str, float]:
     ]
     drafts.append(Way("gumbel auto", {"decoding": "gumbel", "window": "auto"}))
     ways = [BASELINE, PLAIN, *SPECULATIVE, *drafts]
+    few = [way for way in ways if (way.arguments or {}).get("window", DRAFT_WINDOW) == DRAFT_WINDOW]
     codes_per_step = {}
-    for dtype in (torch.float32, torch.bfloat16):  # bfloat16 is what the pipeline loads
+    for dtype in (torch.float32, torch.bfloat16):
         pipe = LuminaMGPTPipeline.from_pretrained(default_checkpoint(), dtype=dtype).to(args.device)
         model, config = pipe.transformer, pipe.transformer.generation_config
         sampling = {"guidance_scale": config.guidance_scale, "image_top_k": config.image_top_k}
@@ -318,7 +320,8 @@ def print_default(args: argparse.Namespace, charts: list) -> dict[str, float]:
         def run(way: Way, turn: int, model=model, prompts=prompts, sampling=sampling):
             return whole(model, way, prompts, seed=turn, **sampling)
 
-        timings = in_turns(ways, args.num_turns, run)
+        turns = range(args.num_turns + 1)  # turn 0 is to warm up
+        timings = in_turns(ways if dtype == torch.float32 else few, turns, run)
         config_px = model.config.default_height_px, model.config.default_width_px
         say(f"\n## The default checkpoint, {dtype}: {config_px[0]} x {config_px[1]} pixels\n")
         say(f"Codes to pixels take {vq_ms(pipe):.1f} ms more. Peak memory is beyond the weights.\n")
@@ -396,7 +399,7 @@ def print_windows(model, codes_per_step: dict[str, float], args: argparse.Namesp
         def run(way: Way, turn: int, ids=ids):
             return part(model, way, ids, seed=turn)
 
-        timings[place] = in_turns([BASELINE, PLAIN, *SPECULATIVE], args.num_turns, run)
+        timings[place] = in_turns([BASELINE, PLAIN, *SPECULATIVE], args.large_turns, run)
     count = sum(p.numel() for p in model.parameters())
     say(f"\n## {count / 1e6:.0f}M parameters, {model.dtype}: {SIDE} x {SIDE} codes, {SIDE * (SIDE + 1) + 4} tokens\n")
     say("Steps were timed where so many tokens were given; codes a step are the default checkpoint's.\n")
@@ -421,17 +424,14 @@ def num_steps(name: str, side: int, codes_per_step: dict[str, float]) -> float:
 def print_areas(model, args: argparse.Namespace) -> Image.Image:
     """Milliseconds a step at the end of larger pictures, and what the bytes that are read predict from the first."""
     parts = {side: begun(model, side, 1 - 1 / side) for side in SIDES}
-
-    def run(way: Way, turn: int, side: int):
-        return part(model, way, parts[side], seed=turn, num_steps=6)
-
     found: dict[str, list[tuple[float, float]]] = {BASELINE.name: [], PLAIN.name: []}
-    for side in SIDES:
-        timings = in_turns(
-            [BASELINE, PLAIN], max(1, args.num_turns // 2), lambda way, turn, side=side: run(way, turn, side)
-        )
-        for name, timing in timings.items():
-            found[name].append((parts[side].shape[1], timing.step_ms))
+    for ids in parts.values():
+
+        def run(way: Way, turn: int, ids=ids):
+            return part(model, way, ids, seed=turn)
+
+        for name, timing in in_turns([BASELINE, PLAIN], args.large_turns, run).items():
+            found[name].append((ids.shape[1], timing.step_ms))
     first_length, first_ms = found[PLAIN.name][0]
     predicted = [(n, first_ms * bytes_a_step(model, n) / bytes_a_step(model, first_length)) for n, _ in found["ar"]]
     say("\n## At the end of larger pictures, the same model\n\n")
@@ -461,7 +461,7 @@ def print_batches(model, args: argparse.Namespace) -> Image.Image:
     say("|---|---|---|---|")
     ways = [Way(str(batch), {"decoding": "ar"}) for batch in BATCH_SIZES]
     run = lambda way, turn: part(model, way, ids, seed=turn, copies=int(way.name))  # noqa: E731
-    for name, timing in in_turns(ways, args.num_turns, run).items():
+    for name, timing in in_turns(ways, args.large_turns, run).items():
         rates.append((int(name), 1000 * int(name) / timing.step_ms / SIDE**2))
         say(f"| {name} | {timing.step_ms:.1f} | {rates[-1][1]:.4f} | {rates[-1][1] / rates[0][1]:.2f} |")
     return chart("pictures a second", "batch", {PLAIN.name: rates})

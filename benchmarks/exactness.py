@@ -10,13 +10,17 @@ up to there.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from itertools import cycle
+from itertools import cycle, repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.stats import chi2
 from torch import Tensor
@@ -39,7 +43,7 @@ WAYS: tuple[dict[str, Any], ...] = (
     {"decoding": "gumbel", "window": 8, "draft": "above"},
 )
 FAULTS = ("resampling from P", "keeping the old Q")
-BATCH_SIZE = 10_000  # of each kind
+CHUNK = 4_000  # samples of each kind that one process draws at a time
 SPECULATION = tuple(
     {"window": w, "draft": d} for w, d in ((8, "uniform"), (16, "above"), (32, "left"), (64, "uniform"))
 )
@@ -50,7 +54,7 @@ WORDS = "a large red sphere and a small blue cube"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num-samples", type=int, default=300_000, help="of each kind of rows, for each way")
+    parser.add_argument("--num-samples", type=int, default=300_000, help="of each way")
     parser.add_argument("--num-seeds", type=int, default=100, help="of each size and task")
     args = parser.parse_args()
     print_chi_squared(args.num_samples)
@@ -62,19 +66,21 @@ def main() -> None:
 
 
 def print_chi_squared(num_samples: int) -> None:
-    model = toy_model()
-    laws = {schedule: [joint_law(model, kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
-    print(f"{num_samples:,} samples of each kind; cells, chi-squared per degree of freedom, and its probability\n")
-    print(f"| way | {' | '.join(name_of(kind) for kind in KINDS)} |\n|---|{'---|' * len(KINDS)}", flush=True)
-    for fault, way in [("", way) for way in WAYS] + [(fault, WAYS[1]) for fault in FAULTS]:
-        with broken(fault) if fault else nullcontext():
-            found = samples(model, num_samples, way)
-        entries = []
-        for rows, law in zip(found, laws[way.get("guidance_schedule")], strict=True):
-            statistic, freedom = chi_squared(rows, *law)
-            entries.append(f"{freedom + 1:,}: {statistic / freedom:.3f} ({chi2.sf(statistic, freedom):.2g})")
-        name = " ".join(map(str, way.values())) + (f", {fault}" if fault else "")
-        print(f"| {name} | {' | '.join(entries)} |", flush=True)
+    laws = {schedule: [joint_law(toy_model(), kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
+    print(f"{num_samples:,} samples: degrees of freedom, chi-squared for each of them, its probability\n")
+    print(f"| way | {' | '.join(name_of(kind) for kind in KINDS)} | all |\n|---|{'---|' * len(KINDS)}---|", flush=True)
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for fault, way in [("", way) for way in WAYS] + [(fault, WAYS[1]) for fault in FAULTS]:
+            per_kind = -(-num_samples // len(KINDS))
+            sizes = [min(CHUNK, per_kind - first) for first in range(0, per_kind, CHUNK)]
+            parts = pool.map(samples, sizes, range(len(sizes)), repeat(way), repeat(fault))
+            found = [torch.cat([torch.from_numpy(x) for x in rows]) for rows in zip(*parts, strict=True)]
+            own = laws[way.get("guidance_schedule")]
+            tests = [chi_squared(rows, *law) for rows, law in zip(found, own, strict=True)]
+            tests.append((sum(x for x, _ in tests), sum(freedom for _, freedom in tests)))
+            name = ", ".join([" ".join(map(str, way.values())), *([fault] if fault else [])])
+            entries = [f"{freedom:,}: {x / freedom:.3f} ({chi2.sf(x, freedom):.2g})" for x, freedom in tests]
+            print(f"| {name} | {' | '.join(entries)} |", flush=True)
 
 
 def name_of(kind) -> str:
@@ -83,11 +89,11 @@ def name_of(kind) -> str:
     return f"{kind.height // 8} x {kind.width // 8} codes, {kind.num_counted} tokens"
 
 
-def samples(model, num_samples: int, way: dict[str, Any]) -> list[Tensor]:
-    """`(num_samples, num_counted)` of each kind, in batches."""
-    sizes = [BATCH_SIZE] * (num_samples // BATCH_SIZE) + [num_samples % BATCH_SIZE]
-    batches = [draw(model, size, seed=i, **way) for i, size in enumerate(sizes) if size]
-    return [torch.cat(rows) for rows in zip(*batches, strict=True)]
+def samples(num_samples: int, seed: int, way: dict[str, Any], fault: str) -> list[np.ndarray]:
+    """`(num_samples, num_counted)` of each kind."""
+    torch.set_num_threads(1)
+    with broken(fault) if fault else nullcontext():
+        return [rows.numpy() for rows in draw(toy_model(), num_samples, seed, **way)]
 
 
 # Tokens
