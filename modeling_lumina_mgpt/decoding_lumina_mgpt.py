@@ -262,7 +262,7 @@ class Decoder:
 
     # The loop
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def run(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yields each prompt's number, new ids `(length)` and steps taken as soon as its row ends."""
         free = list(range(self.num_rows))
@@ -431,9 +431,9 @@ class Decoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, cache: RowCache, num_columns: int) -> Tensor:
         cache.point(positions, num_columns)
-        mask = (torch.arange(num_columns, device=self.device) <= positions[..., None])[:, None]
-        if self.model.config._attn_implementation == "eager":  # which adds it
-            mask = torch.zeros_like(mask, dtype=self.model.dtype).masked_fill(~mask, torch.finfo(self.model.dtype).min)
+        unseen = torch.arange(num_columns, device=self.device) > positions[..., None]  # (rows, slots, columns)
+        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
+        mask = mask.masked_fill_(unseen, torch.finfo(mask.dtype).min)[:, None]  # a sum: each layer would make one
         outputs = self.model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
         )
@@ -451,13 +451,17 @@ class Decoder:
             return drawn, drawn == drafts
         is_entropic = self.settings.top_k_schedule == "entropy"
         top_k = entropy_top_k(scores) if is_entropic else self.image_top_k[:, None].expand_as(targets)
-        scores = self._warp(scores, top_k, self.image_temperature)
+        scores, candidates = self._warp(scores, top_k, self.image_temperature)
         if self.law is None:
-            drawn = self.code_ids[(scores + gumbel_noise(self.seeds, targets, self.code_ids)).argmax(-1)]
+            noise = gumbel_noise(self.seeds, targets, self.code_ids[candidates])
+            drawn = self.code_ids[_pick(scores + noise, candidates)]
             return drawn, drawn == drafts
-        law, seeds = scores.softmax(-1), self._round_seeds()
+        seeds, own = self._round_seeds(), self.law[:, : targets.shape[1]]
+        law, noise = (
+            torch.zeros_like(own).scatter_(-1, candidates, x)
+            for x in (scores.softmax(-1), gumbel_noise(seeds, targets, self.code_ids[candidates]))
+        )
         threshold = uniforms(seeds, targets, self.model.config.vocab_size)
-        own, noise = self.law[:, : targets.shape[1]], gumbel_noise(seeds, targets, self.code_ids)
         accepted, index = verify(law, own, self.code_index[drafts], threshold, noise)
         own.copy_(law)
         return self.code_ids[index], accepted
@@ -477,9 +481,9 @@ class Decoder:
         in_image = self.step > 0
         is_entropic = self.settings.top_k_schedule == "entropy"
         top_k = torch.where(in_image, entropy_top_k(scores) if is_entropic else self.image_top_k, self.text_top_k)
-        scores = self._warp(scores, top_k, torch.where(in_image, self.image_temperature, self.text_temperature))
-        every_id = torch.arange(scores.shape[1], device=self.device)
-        return (scores + gumbel_noise(self.seeds, self.length[:, None], every_id)[:, 0]).argmax(1)
+        temperature = torch.where(in_image, self.image_temperature, self.text_temperature)
+        scores, candidates = self._warp(scores, top_k, temperature)
+        return _pick(scores + gumbel_noise(self.seeds, self.length[:, None], candidates[:, None])[:, 0], candidates)
 
     def _scales(self, num_slots: int) -> Tensor:
         """The guidance scale of the tokens to come, `(rows, num_slots + MAX_RIDES)`; 1 where there is none."""
@@ -507,11 +511,11 @@ class Decoder:
             return torch.zeros_like(step, dtype=torch.bool)
         return step - 3 >= self.settings.guidance_end * rows * (cols + 1)
 
-    def _warp(self, scores: Tensor, top_k: Tensor, temperature: Tensor) -> Tensor:
-        """Top-k `(rows, ...)`, then temperature `(rows)`, of scores `(rows, ..., tokens)`."""
-        best = scores.topk(min(self.largest_top_k, scores.shape[-1])).values  # (rows, ..., largest k)
-        worst_kept = best.gather(-1, top_k.clamp(max=best.shape[-1])[..., None] - 1)
-        return scores.masked_fill(scores < worst_kept, -torch.inf) / temperature.view(-1, *[1] * (scores.ndim - 1))
+    def _warp(self, scores: Tensor, top_k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
+        """Top-k `(rows, ...)`, then temperature `(rows)`, of scores `(rows, ..., tokens)`: those left, and whose."""
+        best, candidates = scores.topk(min(self.largest_top_k, scores.shape[-1]))  # (rows, ..., largest k)
+        best = best.masked_fill(torch.arange(best.shape[-1], device=self.device) >= top_k[..., None], -torch.inf)
+        return best / temperature.view(-1, *[1] * (scores.ndim - 1)), candidates
 
     def _commit(self, num_agreed: Tensor, num_slots: int, last: Tensor) -> None:
         """Moves the rows on: `(rows)` places of the window that agree, and the length that a row may reach."""
@@ -587,6 +591,11 @@ def _guide(logits: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale[..., None] == 1, conditional, guided)
 
 
+def _pick(scores: Tensor, candidates: Tensor) -> Tensor:
+    """The best candidate. `(..., candidates)` to `(...)`"""
+    return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
+
+
 def verify(law: Tensor, draft_law: Tensor, drafts: Tensor, threshold: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     """Turns draws from one law into draws from another, and keeps as many as can be.
 
@@ -624,6 +633,7 @@ def entropy(scores: Tensor) -> Tensor:
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
     """Standard Gumbel noise `(rows, places, tokens)`, float32: a pure function of (seed, position, token id).
 
+    Of seeds `(rows)`, positions `(rows, places)` and ids `(tokens)`, or `(rows, places, tokens)` for some of each.
     The argmax of log-probabilities plus this noise is a draw from them.
     """
     uniform = _uniforms(seeds, positions, token_ids)
@@ -636,7 +646,7 @@ def uniforms(seeds: Tensor, positions: Tensor, token_id: int) -> Tensor:
 
 
 def _uniforms(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
-    """`(rows)`, `(rows, places)` and `(tokens)` to `(rows, places, tokens)`."""
+    """Numbers in (0, 1), as `gumbel_noise` has its noise."""
     tokens, seeds = _mix(token_ids * 0x9E3779B9), seeds[:, None]
     low = _mix(seeds ^ _mix(positions * 0x85EBCA6B + 1))[..., None]
     high = _mix((seeds >> 32) ^ _mix(positions * 0xC2B2AE35 + 2))[..., None]

@@ -422,7 +422,7 @@ class _Call:
         if self.streamer is not None:
             self.streamer.put(self.ids.cpu())
         for row, ids, num_steps in self.decoder.run():
-            yield row, LuminaMGPTGenerateOutput(ids[None], window=self.decoder.window, num_steps=num_steps)
+            yield row, LuminaMGPTGenerateOutput(ids[None].clone(), window=self.decoder.window, num_steps=num_steps)
         if self.streamer is not None:
             self.streamer.end()
 
