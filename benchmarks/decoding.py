@@ -104,7 +104,6 @@ def main() -> None:
     parser.add_argument("--num-pictures", type=int, default=200, help="over which memory must not grow")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args()
-    args.large_turns = range(1, 2 + args.num_turns // 2)
     charts: list[Image.Image] = []
     codes_per_step = print_default(args, charts)
     print_memory(args)
@@ -399,21 +398,29 @@ def print_windows(model, codes_per_step: dict[str, float], args: argparse.Namesp
         def run(way: Way, turn: int, ids=ids):
             return part(model, way, ids, seed=turn)
 
-        timings[place] = in_turns([BASELINE, PLAIN, *SPECULATIVE], args.large_turns, run)
+        timings[place] = in_turns([BASELINE, PLAIN, *SPECULATIVE], few_turns(args), run)
     count = sum(p.numel() for p in model.parameters())
     say(f"\n## {count / 1e6:.0f}M parameters, {model.dtype}: {SIDE} x {SIDE} codes, {SIDE * (SIDE + 1) + 4} tokens\n")
     say("Steps were timed where so many tokens were given; codes a step are the default checkpoint's.\n")
     lengths = [str(begun(model, SIDE, place).shape[1]) for place in PLACES]
-    say(f"| way | {' | '.join(f'ms a step, {n}' for n in lengths)} | codes a step | s a picture | times as fast |")
-    say(f"|---|{'---|' * len(PLACES)}---|---|---|")
+    say(
+        f"| way | {' | '.join(f'ms a step, {n}' for n in lengths)} | codes a step | s a picture | times as fast | peak, MB |"
+    )
+    say(f"|---|{'---|' * len(PLACES)}---|---|---|---|")
     seconds = {}
     for name in timings[PLACES[0]]:
         times = [timings[place][name].step_ms for place in PLACES]
         seconds[name] = num_steps(name, SIDE, codes_per_step) * statistics.mean(times) / 1000
         say(
             f"| {name} | {' | '.join(f'{ms:.1f}' for ms in times)} | {codes_per_step[name]:.2f}"
-            f" | {seconds[name]:.1f} | {seconds[BASELINE.name] / seconds[name]:.2f} |"
+            f" | {seconds[name]:.1f} | {seconds[BASELINE.name] / seconds[name]:.2f}"
+            f" | {max(timings[place][name].peak for place in PLACES) / MB:.0f} |"
         )
+
+
+def few_turns(args: argparse.Namespace) -> range:
+    """Half of them, and none to warm up: the first step of each part does."""
+    return range(1, 2 + args.num_turns // 2)
 
 
 def num_steps(name: str, side: int, codes_per_step: dict[str, float]) -> float:
@@ -430,7 +437,7 @@ def print_areas(model, args: argparse.Namespace) -> Image.Image:
         def run(way: Way, turn: int, ids=ids):
             return part(model, way, ids, seed=turn)
 
-        for name, timing in in_turns([BASELINE, PLAIN], args.large_turns, run).items():
+        for name, timing in in_turns([BASELINE, PLAIN], few_turns(args), run).items():
             found[name].append((ids.shape[1], timing.step_ms))
     first_length, first_ms = found[PLAIN.name][0]
     predicted = [(n, first_ms * bytes_a_step(model, n) / bytes_a_step(model, first_length)) for n, _ in found["ar"]]
@@ -461,7 +468,7 @@ def print_batches(model, args: argparse.Namespace) -> Image.Image:
     say("|---|---|---|---|")
     ways = [Way(str(batch), {"decoding": "ar"}) for batch in BATCH_SIZES]
     run = lambda way, turn: part(model, way, ids, seed=turn, copies=int(way.name))  # noqa: E731
-    for name, timing in in_turns(ways, args.large_turns, run).items():
+    for name, timing in in_turns(ways, few_turns(args), run).items():
         rates.append((int(name), 1000 * int(name) / timing.step_ms / SIDE**2))
         say(f"| {name} | {timing.step_ms:.1f} | {rates[-1][1]:.4f} | {rates[-1][1] / rates[0][1]:.2f} |")
     return chart("pictures a second", "batch", {PLAIN.name: rates})

@@ -36,6 +36,7 @@ WINDOWS = (8, 16, 32, 64)  # that "auto" chooses from
 CALIBRATION_STEPS = 6  # of each
 STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again
 MOVING = ("length", "cached", "drafted", "step", "rows", "cols", "shift", "scale", "round", "running")
+MAX_VARIANTS = 64  # of the step that are compiled
 MASK_32 = 0xFFFFFFFF
 ROUND_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, and nowhere near another's seed
 
@@ -133,7 +134,7 @@ class Decoder:
         end_ids: tokens that end a row; pad_id: what stands before short rows when all are looked at.
         processors: stock's logits processors; with any, each token is decided by itself.
         hook: called after each step as `hook(decoder)`; gives a bool for each row, True to end it. May be set later.
-        is_compiled: whether to compile the step, on a GPU with a CUDA graph.
+        compile_config: how to compile the step, as `torch.compile` takes it; None does not.
 
     Attributes:
         tokens: `(rows, columns)`, each row's prompt, what was decoded, then drafts. All tensors `(rows)`:
@@ -156,10 +157,11 @@ class Decoder:
         pad_id: int = 0,
         processors: Any = None,
         hook: Callable[["Decoder"], Tensor] | None = None,
-        is_compiled: bool = False,
+        compile_config: Any = None,
     ):
         self.model, self.settings, self.prompts, self.hook = model, settings, prompts, hook
-        self.pad_id, self.processors, self.is_compiled = pad_id, processors, is_compiled
+        self.pad_id, self.processors, self.is_compiled = pad_id, processors, compile_config is not None
+        self.run_step = _compiled(self.take_step, compile_config) if self.is_compiled else self.take_step
         self.layout = ImageLayout(**model.config.image_layout)
         self.device = model.get_input_embeddings().weight.device
         self.window = settings.window if self.is_speculative else 1
@@ -266,7 +268,6 @@ class Decoder:
     def run(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yields each prompt's number, new ids `(length)` and steps taken as soon as its row ends."""
         free = list(range(self.num_rows))
-        take_step = _compiled(self.take_step) if self.is_compiled else self.take_step
         while self.waiting or len(free) < self.num_rows:
             # 1. Prompts for the rows that have none
             rows, free = free[: len(self.waiting)], free[len(self.waiting) :]
@@ -274,12 +275,12 @@ class Decoder:
                 self.fill(rows, [self.waiting.popleft() for _ in rows])
             seen = self._look()
             if self.window == "auto" and "codes" in seen["phase"]:
-                self.window = self._calibrate(take_step, seen)
+                self.window = self._calibrate(seen)
 
             # 2. As many steps as can be taken without a look
             num_steps, variant = self._plan(seen)
             for _ in range(num_steps):
-                take_step(**variant)
+                self.run_step(**variant)
             self.num_steps += num_steps
             if self.hook is not None:
                 self.running &= ~self.hook(self)
@@ -334,17 +335,17 @@ class Decoder:
             "with_text": with_text,
         }
 
-    def _calibrate(self, take_step: Callable, seen: dict[str, list]) -> int:
+    def _calibrate(self, seen: dict[str, list]) -> int:
         """The window that makes most tokens final in a second: tries each, and goes back."""
         before = {name: getattr(self, name).clone() for name in MOVING}
         speeds = {}
         for window in WINDOWS:
             self.window = window
             _, variant = self._plan(seen)
-            take_step(**variant)  # the first is not timed: it may compile
+            self.run_step(**variant)  # the first is not timed: it may compile
             begin, start = sum(self._look()["length"]), perf_counter()
             for _ in range(CALIBRATION_STEPS):
-                take_step(**variant)
+                self.run_step(**variant)
             speeds[window] = (sum(self._look()["length"]) - begin) / (perf_counter() - start)
             for name, state in before.items():
                 getattr(self, name).copy_(state)
@@ -672,6 +673,13 @@ def _rows_of(head: nn.Module, ranges: list[list[int]]) -> Tensor | None:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _compiled(step: Callable) -> Callable:
-    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
-    return torch.compile(step, mode=mode, dynamic=False)
+def _compiled(step: Callable, compile_config: Any) -> Callable:
+    """The step with its variants compiled; where that fails, it warns and runs as it is."""
+    compiled = torch.compile(step, **compile_config.to_dict())
+
+    def run(**variant) -> None:
+        with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MAX_VARIANTS):
+            torch.compiler.cudagraph_mark_step_begin()
+            compiled(**variant)
+
+    return run

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import LongTensor, Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, GenerationMixin, StoppingCriteriaList
+from transformers import CompileConfig, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
 from .decoding_lumina_mgpt import Decoder, Prompt
@@ -277,7 +277,9 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         ]
         copies = len(seeds) // len(prompts)
         pad_id, end_ids = generation_config._pad_token_tensor, generation_config._eos_token_tensor
-        asked_to_compile = generation_config.compile_config is not None or self.device.type == "cuda"
+        compile_config = generation_config.compile_config
+        if compile_config is None and self.device.type == "cuda":
+            compile_config = CompileConfig(dynamic=False)
         return Decoder(
             self,
             settings,
@@ -286,7 +288,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             end_ids=[] if end_ids is None else end_ids.tolist(),
             pad_id=0 if pad_id is None else int(pad_id),  # stock's: the end of a turn where there is no padding token
             processors=processors,
-            is_compiled=asked_to_compile and not generation_config.disable_compile and not processors,
+            compile_config=None if generation_config.disable_compile or processors else compile_config,
         )
 
     def _begun(
