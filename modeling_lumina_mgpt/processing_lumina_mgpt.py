@@ -264,7 +264,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
             buckets = [size] if size else self.uni_rep.buckets(self.target_px if target_px is None else target_px)
             source = (generator or torch.default_generator) if random_crop else None
             pictures = self.image_processor([images[i] for i in todo], buckets, source)["pixel_values"]
-            for chunk in _chunks(pictures, self.vq_tile_px**2):
+            for chunk in _chunks(pictures, (self._tile_side() * code_px) ** 2):
                 for i, code in zip(chunk, self._encode_pixels(torch.stack([pictures[i] for i in chunk])), strict=True):
                     codes[todo[i]] = code
         return codes

@@ -497,14 +497,15 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """MemoryError, with what would fit, if the answers to these requests will not."""
         device, num_panels = self._execution_device, self.processor.tasks[task].num_panels
         free = free_bytes(device)
-        if free is None or len({*getattr(self.transformer, "hf_device_map", {}).values()}) > 1:
-            return  # of a model on several devices each holds a part
+        limit, device_map = generate_kwargs.get("max_new_tokens"), getattr(self.transformer, "hf_device_map", {})
+        if free is None or not isinstance(limit, Integral | None) or len({*device_map.values()}) > 1:
+            return  # of a model on several devices each holds a part; a wrong limit is for `generate` to refuse
         absent = sum(_weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta"))
         scales = [request.sampling.get("guidance_scale") for request in requests]
 
         def needed(num_rows: int, height: int | None, width: int | None) -> int:
             num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
-            num_tokens = min(num_tokens, generate_kwargs.get("max_new_tokens") or num_tokens)
+            num_tokens = min(num_tokens, int(limit or num_tokens))
             decoding = 0
             if height is not None and width is not None:
                 decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)

@@ -128,6 +128,8 @@ def test_what_will_not_fit_fails_before_it_begins_and_says_what_fits(tiny_pipe, 
     with pytest.raises(MemoryError, match=r"2 at a time.* 1 at a time fit"):
         monkeypatch.setattr(pipeline_lumina_mgpt, "free_bytes", lambda device: one)
         next(tiny_pipe.stream(["a", "a"], height=32, width=48))
+    with pytest.raises(ValueError, match="max_new_tokens is 'x'"):  # what is wrong anyway is refused as ever
+        tiny_pipe("a", max_new_tokens="x")
 
 
 def test_where_free_memory_is_not_known_nothing_is_refused(tiny_pipe):
