@@ -247,10 +247,8 @@ def blend_tiles(
     total, weights = (tiles[0].new_zeros(num_channels, height, width) for num_channels in (3, 1))
     for (x, y), tile in zip(corners, tiles, strict=True):
         vertical, horizontal = (_ramp(length, overlap).to(tile) for length in tile.shape[1:])
-        weight, place = (
-            vertical[:, None] * horizontal,
-            (..., slice(y, y + len(vertical)), slice(x, x + len(horizontal))),
-        )
+        place = ..., slice(y, y + len(vertical)), slice(x, x + len(horizontal))
+        weight = vertical[:, None] * horizontal
         total[place] += weight * tile
         weights[place] += weight
     return total / weights

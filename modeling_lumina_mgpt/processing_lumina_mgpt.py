@@ -148,7 +148,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
             decoding takes (`decode_bytes`). Tiles share the statistics of their norms, measured in a thumbnail, but
             not all that attention and convolutions see. At 512 x 512 the default checkpoint's pictures in tiles of
             256 are within 36 to 46 dB (PSNR) of those decoded whole (31 to 36 dB if each had its own statistics);
-            those of Chameleon's shape with random weights, the worst case, within 19 dB.
+            those of Chameleon's shape with random weights only within 19 dB.
     """
 
     tasks = TASKS
@@ -305,7 +305,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     @torch.no_grad()
     def _decode_codes(self, codes: Tensor) -> Tensor:
-        """(batch, rows, cols) -> pixels (batch, 3, height_px, width_px) in about [-1, 1]; a large one in tiles."""
+        """(batch, rows, cols) -> pixels (batch, 3, height_px, width_px) in about [-1, 1]; a large one, alone, in tiles."""
         (rows, cols), side, px = codes.shape[1:], self._tile_side(), self.uni_rep.code_px
         if rows * cols <= side**2:
             return self._decode_whole(codes)
@@ -830,8 +830,7 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            storage = tensor.untyped_storage()
+        for storage in (x.untyped_storage() for x in tree_leaves(made) if isinstance(x, Tensor)):
             if storage._cdata not in self.sizes:
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
