@@ -305,7 +305,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     @torch.no_grad()
     def _decode_codes(self, codes: Tensor) -> Tensor:
-        """(batch, rows, cols) -> pixels (batch, 3, height_px, width_px) in about [-1, 1]; a large one, alone, in tiles."""
+        """(batch, rows, cols) -> pixels (batch, 3, height_px, width_px) in about [-1, 1]; a large one comes alone."""
         (rows, cols), side, px = codes.shape[1:], self._tile_side(), self.uni_rep.code_px
         if rows * cols <= side**2:
             return self._decode_whole(codes)
