@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import DiffusionPipeline, VQModel
 from diffusers import __version__ as diffusers_version
@@ -88,6 +89,8 @@ pipe("a large red sphere").images[0].save("picture.png")
 ```
 """
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+USUAL_PROMPT_TOKENS = 128
+CACHE_STEP = 64  # columns of a cache come in multiples of it, and once more for a window of drafts
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
     "num_return_sequences": "accepted is num_images_per_prompt, and a chat has one answer",
@@ -130,6 +133,30 @@ class LuminaMGPTPipelineOutput(BaseOutput):
     prompts: list[str] | None = None
     messages: list[dict[str, Any]] | None = None
     window: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that drawing takes.
+
+    Attributes:
+        weights: of all components as they are loaded: in their dtypes, quantized, with adapters.
+        cache: keys and values of all rows.
+        vq_decode: what turning codes into pixels needs at its peak, beside weights.
+    """
+
+    weights: int
+    cache: int
+    vq_decode: int
+
+    @property
+    def total(self) -> int:
+        """All at once, as in a stream that draws on while it decodes."""
+        return self.weights + self.cache + self.vq_decode
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "cache": self.cache, "VQ decode": self.vq_decode, "total": self.total}
+        return ", ".join(f"{name} {_bytes_text(num_bytes)}" for name, num_bytes in parts.items())
 
 
 class VerifierError(RuntimeError):
@@ -301,6 +328,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown or untrained task, a missing or superfluous prompt or image, an impossible size,
                 or a list of another length than the prompts'.
+            MemoryError: if the rows will not fit into the device's memory; it says what would. Nothing has begun then.
             VerifierError: if the verifier raises, or gives other than a finite number for each image; `.output` holds
                 the images.
         """
@@ -369,7 +397,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         inputs = inputs.to(self._execution_device)
         generate_kwargs["num_return_sequences"] = 1
         watch = callback_on_step_end, callback_on_step_end_tensor_inputs
-        ((_, row, window),) = self._generate(inputs, 1, None, *watch, **generate_kwargs)
+        ((_, row, window),) = self._generate(inputs, 1, 1, *watch, **generate_kwargs)
         if upper_rows is not None:
             row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row])
         answer = self.processor.answer_message(row)
@@ -407,6 +435,88 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """As in stock, but without an accelerator, where there is nothing to offload from, it does nothing."""
         if device is not None or torch.accelerator.is_available():
             super().enable_model_cpu_offload(gpu_id, device)
+
+    # Memory
+
+    def estimate_memory(
+        self,
+        height: int,
+        width: int,
+        batch: int = 1,
+        guidance_scale: float | None = None,
+        prompt_tokens: int = USUAL_PROMPT_TOKENS,
+    ) -> MemoryEstimate:
+        """What drawing `batch` pictures at a time takes, in bytes; `print` shows it in GB.
+
+        A call needs it on its device: one that will not fit raises MemoryError before it begins. What a forward needs
+        while it runs is not counted; it is little beside `vq_decode`, which `processor.vq_tile_px` bounds.
+
+        Args:
+            height, width: pixels of each picture, with all its panels.
+            guidance_scale: by default the checkpoint's; all but 1 double the cache.
+            prompt_tokens: of the longest prompt, pictures in it included.
+
+        Raises:
+            ValueError: for an impossible size, and counts that are not whole numbers from 1 on.
+        """
+        rows, cols = self.processor.uni_rep.grid(height, width)
+        _checked_count("batch", batch)
+        if guidance_scale is not None:
+            _check_weight("guidance_scale", guidance_scale)
+        num_tokens = _checked_count("prompt_tokens", prompt_tokens) + self.processor.uni_rep.num_tokens(rows, cols)
+        return MemoryEstimate(
+            weights=sum(_weight_bytes(part) for part in self._modules_here()),
+            cache=self._cache_bytes(batch, num_tokens, [guidance_scale]),
+            vq_decode=self.processor.decode_bytes(rows, cols, batch),
+        )
+
+    def _modules_here(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    def _cache_bytes(self, num_rows: int, num_tokens: int, guidance_scales: list[float | None]) -> int:
+        """Keys and values `(rows, columns, kv heads, head_dim)` of each layer."""
+        config, default = self.transformer.config, getattr(self.transformer.generation_config, "guidance_scale", None)
+        is_guided = any((default if scale is None else scale) != 1 for scale in guidance_scales)
+        num_columns = -(-num_tokens // CACHE_STEP) * CACHE_STEP + CACHE_STEP
+        head_dim = config.hidden_size // config.num_attention_heads
+        num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # of a token
+        return num_rows * (1 + is_guided) * num_columns * num_values * self.transformer.dtype.itemsize
+
+    def _check_memory(
+        self, task: str, requests: list[Request], num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]
+    ) -> None:
+        """MemoryError, with what would fit, if the answers to these requests, so many at a time, will not."""
+        device, num_panels = self._execution_device, self.processor.tasks[task].num_panels
+        free = free_bytes(device)
+        limit, device_map = generate_kwargs.get("max_new_tokens"), getattr(self.transformer, "hf_device_map", {})
+        if free is None or not isinstance(limit, Integral | None) or len({*device_map.values()}) > 1:
+            return  # of a model on several devices each holds a part; a wrong limit is for `generate` to refuse
+        absent = sum(_weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta"))
+        scales = [request.sampling.get("guidance_scale") for request in requests]
+
+        def needed(num_rows: int, height: int | None, width: int | None) -> int:
+            num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
+            num_tokens = min(num_tokens, int(limit or num_tokens))
+            decoding = 0
+            if height is not None and width is not None:
+                decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
+            return absent + self._cache_bytes(num_rows, prompt_length + num_tokens, scales) + decoding
+
+        height, width = max(((r.height, r.width) for r in requests), key=lambda size: (size[0] or 0) * (size[1] or 0))
+        if (wanted := needed(num_rows, height, width)) <= free:
+            return
+        fits, what = "not even one fits", "answers"
+        if height is not None and width is not None:
+            what = f"pictures of {width}x{height // num_panels} px"
+            sizes = _smaller_sizes(height // num_panels, width, self.processor.uni_rep.size_unit_px)
+            smaller = [(h, w) for h, w in sizes if needed(1, h * num_panels, w) <= free]
+            fits = f"one of {smaller[0][1]}x{smaller[0][0]} px fits" if smaller else "not even the smallest fits"
+        if few := [n for n in range(1, num_rows) if needed(n, height, width) <= free]:
+            fits = f"{few[-1]} at a time fit"
+        raise MemoryError(
+            f"{what}, {num_rows} at a time, need {_bytes_text(wanted)}, and {_bytes_text(free)} are free on {device}:"
+            f" {fits}"
+        )
 
     # The steps of a call
 
@@ -599,13 +709,15 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         # 2. Ids to text and codes, as rows end
         sizes = {name: [getattr(request, name) for request in requests] for name in ("height", "width")}
         kwargs |= {"num_return_sequences": copies, "generator": call.generator, **sizes, **sampling}
+        at_once = min(call.batch_size or len(requests) * copies, len(requests) * copies)
+        self._check_memory(task, requests, at_once, inputs["input_ids"].shape[1], kwargs)
         rows = {i: Row(requests[i // copies], "") for i in range(len(requests) * copies)}  # of what is interrupted
         numbers: dict[int, list[int]] = {owner: [] for owner in call.owners}
         for i in rows:
             numbers[call.owners[i // copies]].append(i)
         waits = {owner: len(own) for owner, own in numbers.items()}
         for number, ids, window in self._generate(
-            inputs, len(rows), call.batch_size, call.callback, call.tensor_inputs, **kwargs
+            inputs, len(rows), at_once, call.callback, call.tensor_inputs, **kwargs
         ):
             rows[number] = self._row(task, requests[number // copies], ids)
             call.window = window
@@ -620,14 +732,13 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         self,
         inputs,
         num_rows: int,
-        batch_size: int | None,
+        at_once: int,
         callback: Callable | None,
         tensor_inputs: list[str],
         **kwargs,
     ) -> Iterator[tuple[int, Any, int]]:
-        """Yields each row's number, new ids `(length)` on the CPU, and the decoding window as soon as it ends."""
+        """Yields each row's number, new ids `(length)` on the CPU and the window as soon as it ends."""
         self._interrupt = False
-        at_once = min(batch_size or num_rows, num_rows)
         num_steps = self._num_steps(inputs["input_ids"].shape[1], **kwargs)
         steps = count()
         with self.progress_bar(total=num_steps if at_once == num_rows else num_rows) as bar:
@@ -1074,6 +1185,42 @@ def save_pipeline_files(folder: Path) -> None:
         (folder / name).parent.mkdir(exist_ok=True)
         shutil.copyfile(Path(__file__).parent / name, folder / name)
     (folder / LuminaMGPTPipeline.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What may still be allocated on a device; None where that is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def _smaller_sizes(height: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Multiples of `unit` of that shape as nearly as possible, the largest first."""
+    longest = max(height, width) // unit
+    for length in range(longest - 1, 0, -1):
+        scale = length / longest / unit
+        yield max(1, round(height * scale)) * unit, max(1, round(width * scale)) * unit
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    """Of all that its state holds, once; of quantized tensors what they are made of."""
+    found: dict[Any, int] = {}  # by storage and place
+
+    def add(tensor: Any) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+        elif isinstance(tensor, Tensor):
+            found[tensor.untyped_storage()._cdata, tensor.storage_offset()] = tensor.nbytes
+
+    for tensor in module.state_dict().values():
+        add(tensor)
+    return sum(found.values())
+
+
+def _bytes_text(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
 
 
 def _peft():

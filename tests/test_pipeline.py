@@ -87,9 +87,9 @@ def test_pictures_of_any_size_are_restored_in_squares(tiny_pipe, monkeypatch):
     uni_rep = tiny_pipe.processor.uni_rep
     sizes = []
 
-    def see_and_repeat(inputs, num_rows, batch_size, *args, num_return_sequences, **kwargs):
+    def see_and_repeat(inputs, num_rows, at_once, *args, num_return_sequences, **kwargs):
         """Says what it saw, a whole picture of 64 px, once more."""
-        sizes.append((num_rows, batch_size))
+        sizes.append((num_rows, at_once))
         starts = (inputs["input_ids"] == uni_rep.start_id).int().argmax(1)
         length = uni_rep.num_tokens(*uni_rep.grid(64, 64))
         seen = [ids[start : start + length] for ids, start in zip(inputs["input_ids"], starts, strict=True)]
