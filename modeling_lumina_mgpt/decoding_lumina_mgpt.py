@@ -34,9 +34,10 @@ COLUMNS = 64  # the cache grows, and is read, in multiples of this
 COMPILED_COLUMNS = 512  # or in powers of two from here on, as each size is compiled
 WINDOWS = (8, 16, 32, 64)  # that "auto" chooses from
 CALIBRATION_STEPS = 6  # of each
-STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again
+STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again, where it reads all columns
 MOVING = ("length", "cached", "drafted", "step", "rows", "cols", "shift", "scale", "round", "running")
 MAX_VARIANTS = 64  # of the step that are compiled
+MASKED = ("sdpa", "eager")  # attention by masks
 MASK_32 = 0xFFFFFFFF
 ROUND_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, and nowhere near another's seed
 
@@ -165,7 +166,7 @@ class Decoder:
         self.layout = ImageLayout(**model.config.image_layout)
         self.device = model.get_input_embeddings().weight.device
         self.window = settings.window if self.is_speculative else 1
-        self.num_rows, self.num_steps = num_rows, 0
+        self.num_rows = num_rows
         longest = max(self.window if isinstance(self.window, int) else max(WINDOWS), 1 + MAX_RIDES)
         self.margin = longest + MAX_RIDES + 1  # columns that a step may touch after the last token
         self.end_ids = torch.tensor(end_ids, device=self.device)
@@ -173,7 +174,7 @@ class Decoder:
         self.code_index = torch.zeros(model.config.vocab_size, dtype=torch.long, device=self.device)
         self.code_index[self.code_ids] = torch.arange(len(self.code_ids), device=self.device)
         self.code_weight = _rows_of(model.lm_head, self.layout.code_id_ranges)
-        self._allocate(max(len(prompt.ids) for prompt in prompts), max(prompt.limit for prompt in prompts), longest)
+        self._allocate(max(prompt.limit for prompt in prompts), longest)
         top_k = [prompt.sampling[name] for prompt in prompts for name in ("image_top_k", "text_top_k")]
         self.largest_top_k = int(max(*top_k, ENTROPY_TOP_K[1] if settings.top_k_schedule == "entropy" else 1))
         self.layout.allowed(self.step, self.rows, self.limit, model.config.vocab_size)  # its tensors, before compiling
@@ -187,7 +188,7 @@ class Decoder:
         """Whether drafts are verified; with processors every token is decided by itself."""
         return self.settings.decoding != "ar" and not self.processors
 
-    def _allocate(self, longest_prompt: int, limit: int, window: int) -> None:
+    def _allocate(self, limit: int, window: int) -> None:
         def numbers(*shape: int, dtype=torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
@@ -264,9 +265,19 @@ class Decoder:
 
     # The loop
 
-    @torch.inference_mode()
     def run(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yields each prompt's number, new ids `(length)` and steps taken as soon as its row ends."""
+        config = self.model.config
+        implementation = config._attn_implementation
+        if implementation not in MASKED:  # others cannot let each row see columns of its own
+            config._attn_implementation = "sdpa"
+        try:
+            yield from self._run()
+        finally:
+            config._attn_implementation = implementation
+
+    @torch.inference_mode()
+    def _run(self) -> Iterator[tuple[int, Tensor, int]]:
         free = list(range(self.num_rows))
         while self.waiting or len(free) < self.num_rows:
             # 1. Prompts for the rows that have none
@@ -281,7 +292,6 @@ class Decoder:
             num_steps, variant = self._plan(seen)
             for _ in range(num_steps):
                 self.run_step(**variant)
-            self.num_steps += num_steps
             if self.hook is not None:
                 self.running &= ~self.hook(self)
 
@@ -316,15 +326,15 @@ class Decoder:
         running = [row for row, phase in enumerate(seen["phase"]) if phase]
         with_text = bool(self.processors) or "text" in seen["phase"]
         with_codes = not self.processors and "codes" in seen["phase"]
+        num_slots, looks_always = 2, self.hook is not None or with_text  # a code, alone or with its end-of-line
         if self.is_speculative and with_codes:
             num_slots = self.window
-        elif self.device.type == "cpu" and not self.is_compiled:
-            num_slots = max(seen["pending"][row] for row in running)
-        else:
-            num_slots = 2  # one shape for a code alone and for a code with its end-of-line
+        elif self.device.type == "cpu" and not self.is_compiled:  # where a look costs less than a slot
+            num_slots, looks_always = max(seen["pending"][row] for row in running), True
         gain = num_slots + MAX_RIDES
-        can_look = self.device.type == "cpu" or self.hook is not None or with_text
-        num_steps = 1 if can_look else max(1, min(STEPS_PER_LOOK, min(seen["left"][row] for row in running) // gain))
+        most = STEPS_PER_LOOK if self.is_compiled else COLUMNS // gain
+        left = min(seen["left"][row] for row in running)
+        num_steps = 1 if looks_always else max(1, min(most, left // gain))
         longest = max(seen["reach"][row] for row in running) + num_steps * gain
         self._reserve(longest)
         return num_steps, {
@@ -340,13 +350,14 @@ class Decoder:
         before = {name: getattr(self, name).clone() for name in MOVING}
         speeds = {}
         for window in WINDOWS:
-            self.window = window
-            _, variant = self._plan(seen)
-            self.run_step(**variant)  # the first is not timed: it may compile
-            begin, start = sum(self._look()["length"]), perf_counter()
-            for _ in range(CALIBRATION_STEPS):
-                self.run_step(**variant)
-            speeds[window] = (sum(self._look()["length"]) - begin) / (perf_counter() - start)
+            self.window, now, start = window, seen, 0.0
+            for step in range(CALIBRATION_STEPS + 1):
+                if step == 1:  # the first is not timed: it may compile
+                    begin, start = sum(now["length"]), perf_counter()
+                if any(now["running"]):
+                    self.run_step(**self._plan(now)[1])
+                now = self._look()
+            speeds[window] = (sum(now["length"]) - begin) / (perf_counter() - start)
             for name, state in before.items():
                 getattr(self, name).copy_(state)
         self.drafted.copy_(self.length)  # others' laws are in the way

@@ -158,11 +158,14 @@ def test_an_adapted_head_draws_the_same(model, tiny_processor):
     assert torch.equal(draw(model, prompt, [0]), plain)
 
 
-def test_eager_attention_draws_the_same(model, tiny_processor):
+@pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])
+def test_other_attention_draws_the_same(model, tiny_processor, implementation):
+    """What cannot do with masks is set aside."""
     prompt = tiny_processor("a", height=32, width=32, return_tensors="pt")
     plain = draw(model, prompt, [0])
-    model.set_attn_implementation("eager")
+    model.config._attn_implementation = implementation
     assert torch.equal(draw(model, prompt, [0]), plain)
+    assert model.config._attn_implementation == implementation
 
 
 @pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
