@@ -25,6 +25,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 from transformers import (
+    CompileConfig,
     DynamicCache,
     GenerationConfig,
     GenerationMixin,
@@ -94,6 +95,15 @@ class Timing:
 
 BASELINE, PLAIN = Way("baseline", None), Way("ar", {"decoding": "ar"})
 SPECULATIVE = [Way(f"{name} {w}", {"decoding": name, "window": w}) for name in ("jacobi", "gumbel") for w in WINDOWS]
+WAYS = [BASELINE, PLAIN, *SPECULATIVE, Way("gumbel auto", {"decoding": "gumbel", "window": "auto"})] + [
+    Way(f"{name} {DRAFT_WINDOW}, {draft}", {"decoding": name, "window": DRAFT_WINDOW, "draft": draft})
+    for name in ("jacobi", "gumbel")
+    for draft in DRAFTS
+]
+COMPILED = [
+    Way(f"{way.name}, compiled", {**(way.arguments or {}), "compile_config": CompileConfig()})
+    for way in (PLAIN, Way(f"gumbel {DRAFT_WINDOW}", {"decoding": "gumbel", "window": DRAFT_WINDOW}))
+]
 
 
 def main() -> None:
@@ -101,6 +111,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the 100M model")
     parser.add_argument("--num-turns", type=int, default=5, help="of the default checkpoint; the 100M model has half")
+    parser.add_argument("--compiled", action="store_true", help="try compiled steps as well, which takes minutes")
     parser.add_argument("--num-pictures", type=int, default=200, help="over which memory must not grow")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args()
@@ -301,13 +312,7 @@ def begun(model, side: int, place: float = 0.0) -> Tensor:
 
 def print_default(args: argparse.Namespace, charts: list) -> dict[str, float]:
     """Whole pictures by all ways. Returns the codes a step of each, in float32."""
-    drafts = [
-        Way(f"{name} {DRAFT_WINDOW}, {draft}", {"decoding": name, "window": DRAFT_WINDOW, "draft": draft})
-        for name in ("jacobi", "gumbel")
-        for draft in DRAFTS
-    ]
-    drafts.append(Way("gumbel auto", {"decoding": "gumbel", "window": "auto"}))
-    ways = [BASELINE, PLAIN, *SPECULATIVE, *drafts]
+    ways = [*WAYS, *(COMPILED if args.compiled else ())]
     few = [way for way in ways if (way.arguments or {}).get("window", DRAFT_WINDOW) == DRAFT_WINDOW]
     codes_per_step = {}
     for dtype in (torch.float32, torch.bfloat16):
@@ -402,10 +407,8 @@ def print_windows(model, codes_per_step: dict[str, float], args: argparse.Namesp
     count = sum(p.numel() for p in model.parameters())
     say(f"\n## {count / 1e6:.0f}M parameters, {model.dtype}: {SIDE} x {SIDE} codes, {SIDE * (SIDE + 1) + 4} tokens\n")
     say("Steps were timed where so many tokens were given; codes a step are the default checkpoint's.\n")
-    lengths = [str(begun(model, SIDE, place).shape[1]) for place in PLACES]
-    say(
-        f"| way | {' | '.join(f'ms a step, {n}' for n in lengths)} | codes a step | s a picture | times as fast | peak, MB |"
-    )
+    columns = [f"ms a step, {begun(model, SIDE, place).shape[1]}" for place in PLACES]
+    say(f"| way | {' | '.join(columns)} | codes a step | s a picture | times as fast | peak, MB |")
     say(f"|---|{'---|' * len(PLACES)}---|---|---|---|")
     seconds = {}
     for name in timings[PLACES[0]]:
