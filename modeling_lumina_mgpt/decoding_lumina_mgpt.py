@@ -35,7 +35,7 @@ COMPILED_COLUMNS = 512  # or in powers of two from here on, as each size is comp
 WINDOWS = (8, 16, 32, 64)  # that "auto" chooses from
 CALIBRATION_STEPS = 6  # of each
 STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again, where it reads all columns
-MOVING = ("length", "cached", "drafted", "step", "rows", "cols", "shift", "scale", "round", "running")
+MOVING = ("length", "cached", "drafted", "step", "rows", "cols", "shift", "scale", "running")
 MAX_VARIANTS = 64  # of the step that are compiled
 MASKED = ("sdpa", "eager")  # attention by masks
 MASK_32 = 0xFFFFFFFF
@@ -72,34 +72,43 @@ class Prompt:
 class RowCache(Cache):
     """Keys and values that stay in place; each row writes at columns of its own, and reads those up to its token's.
 
-    Held as `(rows, columns, heads, head_dim)` a layer, allocated where and as the layer's first keys are.
+    Held as `(rows, heads, columns, head_dim)` a layer, allocated where and as the layer's first keys are.
     """
 
-    def __init__(self, num_rows: int, num_columns: int):
+    def __init__(self, num_rows: int, num_heads: int):
         self.layers: list = []  # stock's masks ask for them
-        self.num_rows, self.num_columns = num_rows, num_columns
+        self.num_rows, self.num_heads, self.num_columns = num_rows, num_heads, 0
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.places: Tensor | None = None  # where the next forward's tokens go; first columns without
+
+    def begin(self, rows: list[int], owners: list[int]) -> None:
+        """Says that the next forward's rows, whose tokens are their first ones, are those of `rows[i]`."""
+        self.rows, self.owners, self.places = rows, owners, None
 
     def point(self, positions: Tensor, num_read: int) -> None:
         """Says where the next forward's tokens `(rows, slots)` go, and how many columns it may read."""
-        first = torch.arange(len(positions), device=positions.device)[:, None] * self.num_columns
-        self.places, self.num_read = (first + positions).flatten(), num_read
+        lines = torch.arange(len(positions) * self.num_heads, device=positions.device).view(-1, self.num_heads, 1)
+        self.places = (lines * self.num_columns + positions[:, None]).flatten()  # (rows * heads * slots)
+        self.num_read = num_read
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         """Takes `(rows, heads, slots, head_dim)`, gives `(rows, heads, columns, head_dim)`."""
         if layer_idx == len(self.keys):
             for stored, states in ((self.keys, key_states), (self.values, value_states)):
-                stored.append(states.new_zeros(self.num_rows, self.num_columns, states.shape[1], states.shape[3]))
+                stored.append(states.new_zeros(self.num_rows, states.shape[1], self.num_columns, states.shape[3]))
         return tuple(
             self._write(stored[layer_idx], states)
             for stored, states in ((self.keys, key_states), (self.values, value_states))
         )
 
     def _write(self, stored: Tensor, states: Tensor) -> Tensor:
-        num_rows, places = len(states), self.places.to(states.device)
-        stored.flatten(0, 1).index_copy_(0, places, states.transpose(1, 2).flatten(0, 1).to(stored.dtype))
-        return stored[:num_rows, : self.num_read].transpose(1, 2).to(states.dtype)
+        if self.places is None:
+            stored[self.rows, :, : states.shape[2]] = states[self.owners].to(stored.dtype)
+            return states
+        places = self.places.to(states.device)
+        stored.flatten(0, 2).index_copy_(0, places, states.flatten(0, 2).to(stored.dtype))
+        return stored[: len(states), :, : self.num_read].to(states.dtype)
 
     def reserve(self, num_columns: int) -> None:
         """Makes room, by copying: what grows while it is decoded is text, which has no size known before."""
@@ -107,17 +116,8 @@ class RowCache(Cache):
             return
         more = num_columns - self.num_columns
         for stored in (self.keys, self.values):
-            stored[:] = [F.pad(tensor, (0, 0, 0, 0, 0, more)) for tensor in stored]
+            stored[:] = [F.pad(tensor, (0, 0, 0, more)) for tensor in stored]
         self.num_columns = num_columns
-
-    def copy_rows(self, rows: list[int], other: "RowCache", owners: list[int]) -> None:
-        """Copies row `owners[i]` of another cache to `rows[i]`, all its columns."""
-        if not self.keys:
-            for mine, others in ((self.keys, other.keys), (self.values, other.values)):
-                mine += [tensor.new_zeros(self.num_rows, self.num_columns, *tensor.shape[2:]) for tensor in others]
-        for mine, others in ((self.keys, other.keys), (self.values, other.values)):
-            for target, source in zip(mine, others, strict=True):
-                target[rows, : other.num_columns] = source[owners]
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0, as positions are always given."""
@@ -164,7 +164,10 @@ class Decoder:
         self.pad_id, self.processors, self.is_compiled = pad_id, processors, compile_config is not None
         self.run_step = _compiled(self.take_step, compile_config) if self.is_compiled else self.take_step
         self.layout = ImageLayout(**model.config.image_layout)
-        self.device = model.get_input_embeddings().weight.device
+        self._call_in()
+        embeddings = model.get_input_embeddings()
+        device = embeddings.weight.device
+        self.device = device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
         self.window = settings.window if self.is_speculative else 1
         self.num_rows = num_rows
         longest = max(self.window if isinstance(self.window, int) else max(WINDOWS), 1 + MAX_RIDES)
@@ -179,7 +182,7 @@ class Decoder:
         self.largest_top_k = int(max(*top_k, ENTROPY_TOP_K[1] if settings.top_k_schedule == "entropy" else 1))
         self.layout.allowed(self.step, self.rows, self.limit, model.config.vocab_size)  # its tensors, before compiling
         self.is_guided = any(prompt.sampling["guidance_scale"] != 1 for prompt in prompts)
-        self.cache = RowCache(num_rows * (2 if self.is_guided else 1), 0)
+        self.cache = RowCache(num_rows * (2 if self.is_guided else 1), model.config.num_key_value_heads)
         self.waiting = deque(range(len(prompts)))
         self.owners = [-1] * num_rows  # which prompt each row has
 
@@ -192,7 +195,7 @@ class Decoder:
         def numbers(*shape: int, dtype=torch.long) -> Tensor:
             return torch.zeros(*shape, dtype=dtype, device=self.device)
 
-        self.tokens = numbers(self.num_rows, limit + self.margin)
+        self.tokens = numbers(self.num_rows, self._rounded(limit + self.margin))  # or each length would be compiled
         self.length, self.cached, self.drafted, self.limit = (numbers(self.num_rows) for _ in range(4))
         self.step, self.rows, self.cols, self.shift = (numbers(self.num_rows) for _ in range(4))
         self.num_negative, self.seeds, self.round = (numbers(self.num_rows) for _ in range(3))
@@ -204,10 +207,15 @@ class Decoder:
         if self.is_speculative and self.settings.decoding == "jacobi" and self.settings.do_sample:
             self.law = numbers(self.num_rows, window, len(self.code_ids), dtype=torch.float32)
 
+    def _call_in(self) -> None:
+        """Brings an offloaded model to its device, which waits for a forward of the whole otherwise."""
+        if hasattr(self.model, "_hf_hook"):
+            self.model._hf_hook.pre_forward(self.model)
+
     # Rows
 
     def fill(self, rows: list[int], owners: list[int]) -> None:
-        """Gives rows their next prompts, and the cache all of these but their last tokens."""
+        """Gives rows and the cache their next prompts, whose last tokens the first step feeds once more."""
         prompts = [self.prompts[owner] for owner in owners]
         for row, owner in zip(rows, owners, strict=True):
             self.owners[row] = owner
@@ -236,21 +244,19 @@ class Decoder:
             self.tokens[row, : len(prompt.ids)] = prompt.ids.to(self.device)
         ends = [len(p.ids) - p.step + self.layout.num_tokens(p.rows, p.cols) * (p.step > 0) for p in prompts]
         self._reserve(max(*ends, *(len(p.ids) for p in prompts), *(len(p.context) for p in prompts)))
-        self._prefill(rows, [prompt.ids for prompt in prompts], [True] * len(prompts))
+        self._prefill(rows, [prompt.ids for prompt in prompts])
         if self.is_guided:
-            unconditional = [row + self.num_rows for row in rows]
-            self._prefill(unconditional, [p.context for p in prompts], [p.step > 0 for p in prompts])
+            self._prefill([row + self.num_rows for row in rows], [prompt.context for prompt in prompts])
 
-    def _prefill(self, rows: list[int], contexts: list[Tensor], last_waits: list[bool]) -> None:
-        """The cache of contexts, each computed once; the last token waits for the first step, or there is none."""
-        unique = {id(ids): ids[: len(ids) - waits] for ids, waits in zip(contexts, last_waits, strict=True)}
+    def _prefill(self, rows: list[int], contexts: list[Tensor]) -> None:
+        """The cache of contexts, each computed once."""
+        unique = {id(ids): ids for ids in contexts}
         places = {key: place for place, key in enumerate(unique)}
         ids = pad_sequence([*unique.values()], batch_first=True).to(self.device)  # on the right, where nothing sees it
         if not ids.shape[1]:
             return
-        cache = RowCache(*ids.shape)
-        self._forward(ids, torch.arange(ids.shape[1], device=self.device).expand_as(ids), cache, ids.shape[1])
-        self.cache.copy_rows(rows, cache, [places[id(ids)] for ids in contexts])
+        self.cache.begin(rows, [places[id(ids)] for ids in contexts])
+        self._forward(ids, torch.arange(ids.shape[1], device=self.device).expand_as(ids), ids.shape[1])
 
     def _reserve(self, num_columns: int) -> None:
         """Room for so many tokens, and for what a step may draft after them."""
@@ -278,18 +284,23 @@ class Decoder:
 
     @torch.inference_mode()
     def _run(self) -> Iterator[tuple[int, Tensor, int]]:
-        free = list(range(self.num_rows))
-        while self.waiting or len(free) < self.num_rows:
+        free = deque(range(self.num_rows))
+        busy: set[int] = set()
+        while self.waiting or busy:
             # 1. Prompts for the rows that have none
-            rows, free = free[: len(self.waiting)], free[len(self.waiting) :]
+            self._call_in()  # again, as the VQ model may have been in between
+            rows = [free.popleft() for _ in range(min(len(free), len(self.waiting)))]
             if rows:
                 self.fill(rows, [self.waiting.popleft() for _ in rows])
+                busy.update(rows)
             seen = self._look()
             if self.window == "auto" and "codes" in seen["phase"]:
-                self.window = self._calibrate(seen)
+                self.window = self._fastest_window(seen)
 
             # 2. As many steps as can be taken without a look
             num_steps, variant = self._plan(seen)
+            if self.is_compiled:
+                self._pin()
             for _ in range(num_steps):
                 self.run_step(**variant)
             if self.hook is not None:
@@ -297,9 +308,10 @@ class Decoder:
 
             # 3. What is finished
             seen = self._look()
-            for row in range(self.num_rows):
-                if row not in free and not seen["phase"][row]:
+            for row in sorted(busy):
+                if not seen["phase"][row]:
                     owner, length = self.owners[row], seen["length"][row]
+                    busy.remove(row)
                     free.append(row)
                     yield owner, self.tokens[row, self.prompts[owner].num_given : length].cpu(), seen["round"][row]
 
@@ -345,8 +357,23 @@ class Decoder:
             "with_text": with_text,
         }
 
+    def _pin(self) -> None:
+        """Tells the compiler that all tensors stay where they are; a CUDA graph writes into no others."""
+        kept = (*vars(self).values(), *self.layout._tensors.values(), *self.cache.keys, *self.cache.values)
+        for tensor in kept:
+            if isinstance(tensor, Tensor):
+                torch._dynamo.mark_static_address(tensor, guard=False)
+
+    def _fastest_window(self, seen: dict[str, list]) -> int:
+        """The window that makes most tokens final in a second, found once for a model, its dtype and its batch."""
+        found, settings = vars(self.model).setdefault("_fastest_windows", {}), self.settings
+        key = (settings.decoding, settings.draft, self.cache.num_rows, self.model.dtype, self.device, self.is_compiled)
+        if key not in found:
+            found[key] = self._calibrate(seen)
+        return found[key]
+
     def _calibrate(self, seen: dict[str, list]) -> int:
-        """The window that makes most tokens final in a second: tries each, and goes back."""
+        """Tries each window, and goes back."""
         before = {name: getattr(self, name).clone() for name in MOVING}
         speeds = {}
         for window in WINDOWS:
@@ -398,7 +425,9 @@ class Decoder:
             scale = scales.gather(1, ahead.clamp(min=0))
             drawn, accepted = self._next_codes(hidden, scale, found, targets, guided)
             is_code = is_open & (forced < 0)
-            found, agrees = torch.where(is_code, drawn, found), agrees | (is_code & accepted)
+            found = torch.where(is_code, drawn, found)
+            if self.is_speculative:
+                agrees = agrees | (is_code & accepted)
         decided = in_codes & with_codes
         if with_text:
             slot = self.length - 1 - self.cached  # of the last final token
@@ -439,22 +468,22 @@ class Decoder:
         if guided:  # what comes before the image it sees as nothing: such tokens go where the image will begin
             unconditional = torch.maximum(positions - self.shift[:, None], self.num_negative[:, None])
             ids, positions = ids.repeat(2, 1), torch.cat([positions, unconditional])
-        return self._forward(ids, positions, self.cache, num_columns)
+        self.cache.point(positions, num_columns)
+        return self._forward(ids, positions, num_columns)
 
-    def _forward(self, ids: Tensor, positions: Tensor, cache: RowCache, num_columns: int) -> Tensor:
-        cache.point(positions, num_columns)
+    def _forward(self, ids: Tensor, positions: Tensor, num_columns: int) -> Tensor:
         unseen = torch.arange(num_columns, device=self.device) > positions[..., None]  # (rows, slots, columns)
         mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
         mask = mask.masked_fill_(unseen, torch.finfo(mask.dtype).min)[:, None]  # a sum: each layer would make one
         outputs = self.model.model(
-            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+            input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
         )
         return outputs.last_hidden_state.to(self.device)
 
     def _next_codes(self, hidden: Tensor, scale: Tensor, drafts: Tensor, targets: Tensor, guided: bool):
         """Ids `(rows, slots)` that come at each place, and whether the drafts are right."""
         if self.code_weight is None:
-            logits = self.model.lm_head(hidden)[..., self.code_ids.to(hidden.device)]
+            logits = self.model.lm_head(hidden).to(self.device)[..., self.code_ids]
         else:
             logits = F.linear(hidden, self.code_weight)
         scores = _guide(logits.float().to(self.device), scale) if guided else logits.float().to(self.device)
@@ -654,7 +683,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:
 
 def uniforms(seeds: Tensor, positions: Tensor, token_id: int) -> Tensor:
     """Uniform numbers in (0, 1), `(rows, places)`, for an id that no token has."""
-    return _uniforms(seeds, positions, torch.tensor([token_id], device=seeds.device))[..., 0]
+    return _uniforms(seeds, positions, torch.full((1,), token_id, device=seeds.device))[..., 0]
 
 
 def _uniforms(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:

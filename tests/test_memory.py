@@ -78,7 +78,7 @@ def test_a_cache_is_not_larger_than_was_estimated_and_not_much_smaller(tiny_pipe
     tiny_pipe(["a", "a red sphere"], height=64, width=32, guidance_scale=guidance_scale)
     keys = seen["past_key_values"].keys
     found = sum(2 * key.nbytes for key in keys)
-    num_tokens = keys[0].shape[1]
+    num_tokens = keys[0].shape[2]
     prompt_tokens = num_tokens - tiny_pipe.processor.uni_rep.num_tokens(8, 4)
     estimate = tiny_pipe.estimate_memory(64, 32, 2, guidance_scale, prompt_tokens).cache
     assert found <= estimate <= found / num_tokens * (num_tokens + 2 * pipeline_lumina_mgpt.CACHE_STEP)
