@@ -110,8 +110,8 @@ def test_copies_share_their_prompts_forward_and_guidance_its_steps(model, tiny_p
     shapes = seen_by(model, monkeypatch)
     options = {"height": 16, "width": 32, "eos_token_id": tiny_processor.uni_rep.end_id}
     draw(model, prompt, range(3), num_return_sequences=3, **options)
-    length = prompt["input_ids"].shape[1] + 2  # start and sizes, but for the last one
-    assert shapes[:2] == [(1, length), (1, 2)] and set(shapes[2:]) == {(6, 1), (6, 2)} and len(shapes) == 2 + 8
+    length = prompt["input_ids"].shape[1] + 3  # start and sizes
+    assert shapes[:2] == [(1, length), (1, 3)] and set(shapes[2:]) == {(6, 1), (6, 2)} and len(shapes) == 2 + 8
     shapes.clear()
     draw(model, prompt, range(3), num_return_sequences=3, guidance_scale=1.0, **options)
     assert shapes[0] == (1, length) and set(shapes[1:]) == {(3, 1), (3, 2)} and len(shapes) == 1 + 8
