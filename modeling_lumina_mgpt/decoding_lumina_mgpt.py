@@ -15,6 +15,7 @@ go back is to move a pointer. All of a row's state stays on the device, and a ro
 
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -33,11 +34,12 @@ MAX_RIDES = 2  # what is forced after a code: end-of-line, end of image
 COLUMNS = 64  # the cache grows, and is read, in multiples of this
 COMPILED_COLUMNS = 512  # or in powers of two from here on, as each size is compiled
 WINDOWS = (8, 16, 32, 64)  # that "auto" chooses from
-CALIBRATION_STEPS = 6  # of each
+CALIBRATION_STEPS = 6  # of each, timed
 STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again, where it reads all columns
 MOVING = ("length", "cached", "drafted", "step", "rows", "cols", "shift", "scale", "running")
 MAX_VARIANTS = 64  # of the step that are compiled
 MASKED = ("sdpa", "eager")  # attention by masks
+KEPT = "_last_decoder"  # attribute of a model whose steps are compiled
 MASK_32 = 0xFFFFFFFF
 ROUND_STRIDE = 0x9E3779B97F4A7C15 - 2**64  # odd, and nowhere near another's seed
 
@@ -185,6 +187,8 @@ class Decoder:
         self.cache = RowCache(num_rows * (2 if self.is_guided else 1), model.config.num_key_value_heads)
         self.waiting = deque(range(len(prompts)))
         self.owners = [-1] * num_rows  # which prompt each row has
+        if self.is_compiled:
+            self._take_over(vars(model).pop(KEPT, None))
 
     @property
     def is_speculative(self) -> bool:
@@ -206,6 +210,20 @@ class Decoder:
         self.law = None
         if self.is_speculative and self.settings.decoding == "jacobi" and self.settings.do_sample:
             self.law = numbers(self.num_rows, window, len(self.code_ids), dtype=torch.float32)
+
+    def _take_over(self, earlier: "Decoder | None") -> None:
+        """The tensors of the last call's decoder, as far as they fit: graphs are recorded with their addresses."""
+        if earlier is None or earlier.device != self.device:
+            return
+        self.layout = earlier.layout
+        for name, tensor in vars(self).items():
+            old = getattr(earlier, name, None)
+            if not isinstance(tensor, Tensor) or not isinstance(old, Tensor):
+                continue
+            if (old.shape, old.dtype) == (tensor.shape, tensor.dtype):
+                setattr(self, name, old.copy_(tensor))
+        if earlier.cache.num_rows == self.cache.num_rows:
+            self.cache = earlier.cache
 
     def _call_in(self) -> None:
         """Brings an offloaded model to its device, which waits for a forward of the whole otherwise."""
@@ -271,42 +289,24 @@ class Decoder:
 
     # The loop
 
+    @torch.inference_mode()
     def run(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yields each prompt's number, new ids `(length)` and steps taken as soon as its row ends."""
-        config = self.model.config
-        implementation = config._attn_implementation
-        if implementation not in MASKED:  # others cannot let each row see columns of its own
-            config._attn_implementation = "sdpa"
-        try:
-            yield from self._run()
-        finally:
-            config._attn_implementation = implementation
-
-    @torch.inference_mode()
-    def _run(self) -> Iterator[tuple[int, Tensor, int]]:
         free = deque(range(self.num_rows))
         busy: set[int] = set()
         while self.waiting or busy:
-            # 1. Prompts for the rows that have none
+            # 1. Prompts for the rows that have none, then as many steps as can be taken without a look
             self._call_in()  # again, as the VQ model may have been in between
             rows = [free.popleft() for _ in range(min(len(free), len(self.waiting)))]
-            if rows:
-                self.fill(rows, [self.waiting.popleft() for _ in rows])
-                busy.update(rows)
-            seen = self._look()
-            if self.window == "auto" and "codes" in seen["phase"]:
-                self.window = self._fastest_window(seen)
-
-            # 2. As many steps as can be taken without a look
-            num_steps, variant = self._plan(seen)
-            if self.is_compiled:
-                self._pin()
-            for _ in range(num_steps):
-                self.run_step(**variant)
+            with _masked_attention(self.model.config):
+                if rows:
+                    self.fill(rows, [self.waiting.popleft() for _ in rows])
+                    busy.update(rows)
+                self._take_steps()
             if self.hook is not None:
                 self.running &= ~self.hook(self)
 
-            # 3. What is finished
+            # 2. What is finished
             seen = self._look()
             for row in sorted(busy):
                 if not seen["phase"][row]:
@@ -314,6 +314,18 @@ class Decoder:
                     busy.remove(row)
                     free.append(row)
                     yield owner, self.tokens[row, self.prompts[owner].num_given : length].cpu(), seen["round"][row]
+        if self.is_compiled:
+            self.hook, vars(self.model)[KEPT] = None, self
+
+    def _take_steps(self) -> None:
+        seen = self._look()
+        if self.window == "auto" and "codes" in seen["phase"]:
+            self.window = self._fastest_window(seen)
+        num_steps, variant = self._plan(seen)
+        if self.is_compiled:
+            self._pin()
+        for _ in range(num_steps):
+            self.run_step(**variant)
 
     def _look(self) -> dict[str, list]:
         """What the host needs to know of the rows: the only place where it waits for the device."""
@@ -378,8 +390,8 @@ class Decoder:
         speeds = {}
         for window in WINDOWS:
             self.window, now, start = window, seen, 0.0
-            for step in range(CALIBRATION_STEPS + 1):
-                if step == 1:  # the first is not timed: it may compile
+            for step in range(CALIBRATION_STEPS + 2):
+                if step == 2:  # the first may compile, and the second record its graph
                     begin, start = sum(now["length"]), perf_counter()
                 if any(now["running"]):
                     self.run_step(**self._plan(now)[1])
@@ -703,6 +715,17 @@ def _mix(x: Tensor) -> Tensor:
     return x ^ (x >> 16)
 
 
+@contextmanager
+def _masked_attention(config: Any) -> Iterator[None]:
+    """By masks alone each row can see columns of its own."""
+    given = config._attn_implementation
+    config._attn_implementation = given if given in MASKED else "sdpa"
+    try:
+        yield
+    finally:
+        config._attn_implementation = given
+
+
 def _rows_of(head: nn.Module, ranges: list[list[int]]) -> Tensor | None:
     """The head's rows `(codes, hidden_size)`, if it is a plain matrix at hand: not adapted, quantized or offloaded."""
     weight: Any = getattr(head, "weight", None)
@@ -715,7 +738,7 @@ def _rows_of(head: nn.Module, ranges: list[list[int]]) -> Tensor | None:
 
 def _compiled(step: Callable, compile_config: Any) -> Callable:
     """The step with its variants compiled; where that fails, it warns and runs as it is."""
-    compiled = torch.compile(step, **compile_config.to_dict())
+    compiled = torch.compile(step, **{**compile_config.to_dict(), "dynamic": bool(compile_config.dynamic)})
 
     def run(**variant) -> None:
         with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MAX_VARIANTS):

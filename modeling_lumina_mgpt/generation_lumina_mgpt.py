@@ -278,8 +278,10 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         copies = len(seeds) // len(prompts)
         pad_id, end_ids = generation_config._pad_token_tensor, generation_config._eos_token_tensor
         compile_config = generation_config.compile_config
-        if compile_config is None and self.device.type == "cuda":
-            compile_config = CompileConfig(dynamic=False)
+        quantizer, device_map = getattr(self, "hf_quantizer", None), getattr(self, "hf_device_map", {})
+        is_whole_on_gpu = self.device.type == "cuda" and len({*device_map.values()}) < 2
+        if compile_config is None and is_whole_on_gpu and getattr(quantizer, "is_compileable", True):
+            compile_config = CompileConfig()
         return Decoder(
             self,
             settings,
@@ -431,9 +433,7 @@ class _Call:
     def collect(self) -> LongTensor | LuminaMGPTGenerateOutput:
         """Decodes all rows; what `generate` returns."""
         outputs = dict(self.stream())
-        new_ids = [
-            outputs[row].sequences[0] if row in outputs else self.ids.new_zeros(0) for row in range(len(self.ids))
-        ]
+        new_ids = [outputs[row].sequences[0] for row in range(len(self.ids))]
         padded = pad_sequence([ids.to(self.ids.device) for ids in new_ids], True, self.decoder.pad_id)
         sequences: Any = torch.cat([self.ids, padded], 1)
         if not self.as_dict:

@@ -177,5 +177,8 @@ def test_a_step_is_one_graph_and_draws_the_same(model, tiny_processor, decoding)
     traced = CompileConfig(backend="eager", fullgraph=True)
     torch._dynamo.reset()
     assert torch.equal(draw(model, batch, [0, 1], compile_config=traced, **options), plain)
+    place = model._last_decoder.tokens.data_ptr(), model._last_decoder.cache.keys[0].data_ptr()
+    assert torch.equal(draw(model, batch, [0, 1], compile_config=traced, **options), plain)
+    assert place == (model._last_decoder.tokens.data_ptr(), model._last_decoder.cache.keys[0].data_ptr())
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"], counters
