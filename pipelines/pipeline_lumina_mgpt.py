@@ -504,7 +504,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
         height, width = max(((r.height, r.width) for r in requests), key=lambda size: (size[0] or 0) * (size[1] or 0))
         wanted = needed(num_rows, height, width)
-        if wanted > free and vars(self.transformer).pop("_last_decoder", None):  # a compiled one's cache
+        if wanted > free and self.transformer.__dict__.pop("_last_decoder", None):  # a compiled one's cache
             free = free_bytes(device) or free
         if wanted <= free:
             return
