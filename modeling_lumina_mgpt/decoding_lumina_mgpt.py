@@ -304,7 +304,9 @@ class Decoder:
                     busy.update(rows)
                 self._take_steps()
             if self.hook is not None:
-                self.running &= ~self.hook(self)
+                with torch.inference_mode(False), torch.no_grad():  # what others get they may keep and use
+                    stop = self.hook(self)
+                self.running &= ~stop
 
             # 2. What is finished
             seen = self._look()
@@ -526,7 +528,8 @@ class Decoder:
         logits = self.model.lm_head(last).float().to(self.device).flatten(0, 1)
         scores = _guide(logits, scale) if guided else logits
         if self.processors:
-            scores = self.processors(self.final_ids(), scores)
+            with torch.inference_mode(False), torch.no_grad():
+                scores = self.processors(self.final_ids(), scores.clone())
         allowed = self.layout.allowed(self.step, self.rows, self.limit - self.length, scores.shape[1])
         scores = scores.masked_fill(~allowed, -torch.inf)
         if not self.settings.do_sample:

@@ -182,3 +182,17 @@ def test_a_step_is_one_graph_and_draws_the_same(model, tiny_processor, decoding)
     assert place == (model._last_decoder.tokens.data_ptr(), model._last_decoder.cache.keys[0].data_ptr())
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"], counters
+
+
+def test_what_listeners_get_they_may_train_on(model, tiny_processor):
+    prompt = tiny_processor("a", height=32, width=32, return_tensors="pt")
+    kept = []
+
+    def keep(ids, scores):
+        kept.append(ids)
+        return scores
+
+    kept.append(model.generate(**prompt, logits_processor=[keep], max_new_tokens=24))
+    kept.append(model.generate(**prompt, callback_on_step_end=lambda ids, _: kept.append(ids)))
+    for ids in kept:
+        model(ids).logits.sum().backward()
