@@ -114,8 +114,6 @@ class RowCache(Cache):
 
     def reserve(self, num_columns: int) -> None:
         """Makes room, by copying: what grows while it is decoded is text, which has no size known before."""
-        if num_columns <= self.num_columns:
-            return
         more = num_columns - self.num_columns
         for stored in (self.keys, self.values):
             stored[:] = [F.pad(tensor, (0, 0, 0, more)) for tensor in stored]
@@ -136,10 +134,10 @@ class Decoder:
         num_rows: of them at a time.
         end_ids: tokens that end a row; pad_id: what stands before short rows when all are looked at.
         processors: stock's logits processors; with any, each token is decided by itself.
-        hook: called after each step as `hook(decoder)`; gives a bool for each row, True to end it. May be set later.
         compile_config: how to compile the step, as `torch.compile` takes it; None does not.
 
     Attributes:
+        hook: may be set; called after each step as `hook(decoder)`, gives a bool for each row, True to end it.
         tokens: `(rows, columns)`, each row's prompt, what was decoded, then drafts. All tensors `(rows)`:
         length: tokens that are final; cached: those of them in the cache; drafted: end of the drafts; limit: where
             the row ends.
@@ -159,10 +157,10 @@ class Decoder:
         end_ids: list[int],
         pad_id: int = 0,
         processors: Any = None,
-        hook: Callable[["Decoder"], Tensor] | None = None,
         compile_config: Any = None,
     ):
-        self.model, self.settings, self.prompts, self.hook = model, settings, prompts, hook
+        self.model, self.settings, self.prompts = model, settings, prompts
+        self.hook: Callable[[Decoder], Tensor] | None = None
         self.pad_id, self.processors, self.is_compiled = pad_id, processors, compile_config is not None
         self.run_step = _compiled(self.take_step, compile_config) if self.is_compiled else self.take_step
         self.layout = ImageLayout(**model.config.image_layout)
@@ -170,6 +168,7 @@ class Decoder:
         embeddings = model.get_input_embeddings()
         device = embeddings.weight.device
         self.device = device if device.type != "meta" else torch.device(embeddings._hf_hook.execution_device)
+        self.dtype = model.dtype
         self.window = settings.window if self.is_speculative else 1
         self.num_rows = num_rows
         longest = max(self.window if isinstance(self.window, int) else max(WINDOWS), 1 + MAX_RIDES)
@@ -189,6 +188,11 @@ class Decoder:
         self.owners = [-1] * num_rows  # which prompt each row has
         if self.is_compiled:
             self._take_over(vars(model).pop(KEPT, None))
+
+    @property
+    def image_end(self) -> Tensor:
+        """The length `(rows)` at which each row's image will be whole, where its grid is known."""
+        return self.length - self.step + self.layout.num_tokens(self.rows, self.cols)
 
     @property
     def is_speculative(self) -> bool:
@@ -213,7 +217,7 @@ class Decoder:
 
     def _take_over(self, earlier: "Decoder | None") -> None:
         """The tensors of the last call's decoder, as far as they fit: graphs are recorded with their addresses."""
-        if earlier is None or earlier.device != self.device:
+        if earlier is None or (earlier.device, earlier.dtype) != (self.device, self.dtype):
             return
         self.layout = earlier.layout
         for name, tensor in vars(self).items():
@@ -302,7 +306,8 @@ class Decoder:
                 if rows:
                     self.fill(rows, [self.waiting.popleft() for _ in rows])
                     busy.update(rows)
-                self._take_steps()
+                    seen = self._look()
+                self._take_steps(seen)
             if self.hook is not None:
                 with torch.inference_mode(False), torch.no_grad():  # what others get they may keep and use
                     stop = self.hook(self)
@@ -319,8 +324,7 @@ class Decoder:
         if self.is_compiled:
             self.hook, vars(self.model)[KEPT] = None, self
 
-    def _take_steps(self) -> None:
-        seen = self._look()
+    def _take_steps(self, seen: dict[str, list]) -> None:
         if self.window == "auto" and "codes" in seen["phase"]:
             self.window = self._fastest_window(seen)
         num_steps, variant = self._plan(seen)
@@ -331,7 +335,6 @@ class Decoder:
 
     def _look(self) -> dict[str, list]:
         """What the host needs to know of the rows: the only place where it waits for the device."""
-        ends = self.length - self.step + self.layout.num_tokens(self.rows, self.cols)
         state = {
             "length": self.length,
             "reach": self.length - self.shift.clamp(max=0),  # of both branches
@@ -339,7 +342,7 @@ class Decoder:
             "round": self.round,
             "running": self.running,
             "in_codes": self.step >= 3,
-            "left": torch.minimum(ends, self.limit) - self.length,  # of the image
+            "left": torch.minimum(self.image_end, self.limit) - self.length,  # of the image
             "unguided": (self.given_scale == 1) | (self.step == 0) | self._is_late(self.step, self.rows, self.cols),
         }
         seen = dict(zip(state, torch.stack([x.long() for x in state.values()]).tolist(), strict=True))
@@ -381,7 +384,7 @@ class Decoder:
     def _fastest_window(self, seen: dict[str, list]) -> int:
         """The window that makes most tokens final in a second, found once for a model, its dtype and its batch."""
         found, settings = vars(self.model).setdefault("_fastest_windows", {}), self.settings
-        key = (settings.decoding, settings.draft, self.cache.num_rows, self.model.dtype, self.device, self.is_compiled)
+        key = (settings.decoding, settings.draft, self.cache.num_rows, self.dtype, self.device, self.is_compiled)
         if key not in found:
             found[key] = self._calibrate(seen)
         return found[key]
@@ -419,7 +422,7 @@ class Decoder:
         places = self.cached[:, None] + torch.arange(num_slots + 1, device=self.device)
         positions, targets = places[:, :-1], places[:, 1:]
         ahead = targets - self.length[:, None]  # of the tokens that are final; negative where there is one
-        in_codes, image_end = self.step >= 3, self.length - self.step + self.layout.num_tokens(self.rows, self.cols)
+        in_codes, image_end = self.step >= 3, self.image_end
         is_open = in_codes[:, None] & (ahead >= 0) & (targets < image_end[:, None])
         forced = self.layout.forced_next(self.step[:, None] + ahead, self.rows[:, None], self.cols[:, None])
         forced = torch.where(is_open, forced, -1)
@@ -487,7 +490,7 @@ class Decoder:
 
     def _forward(self, ids: Tensor, positions: Tensor, num_columns: int) -> Tensor:
         unseen = torch.arange(num_columns, device=self.device) > positions[..., None]  # (rows, slots, columns)
-        mask = torch.zeros(unseen.shape, dtype=self.model.dtype, device=self.device)
+        mask = torch.zeros(unseen.shape, dtype=self.dtype, device=self.device)
         mask = mask.masked_fill_(unseen, torch.finfo(mask.dtype).min)[:, None]  # a sum: each layer would make one
         outputs = self.model.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=self.cache, use_cache=True
@@ -500,13 +503,11 @@ class Decoder:
             logits = self.model.lm_head(hidden).to(self.device)[..., self.code_ids]
         else:
             logits = F.linear(hidden, self.code_weight)
-        scores = _guide(logits.float().to(self.device), scale) if guided else logits.float().to(self.device)
+        scores = self._guide(logits, scale, guided)
         if not self.settings.do_sample:
             drawn = self.code_ids[scores.argmax(-1)]
             return drawn, drawn == drafts
-        is_entropic = self.settings.top_k_schedule == "entropy"
-        top_k = entropy_top_k(scores) if is_entropic else self.image_top_k[:, None].expand_as(targets)
-        scores, candidates = self._warp(scores, top_k, self.image_temperature)
+        scores, candidates = self._warp(scores, self._top_k(scores), self.image_temperature)
         if self.law is None:
             noise = gumbel_noise(self.seeds, targets, self.code_ids[candidates])
             drawn = self.code_ids[_pick(scores + noise, candidates)]
@@ -525,8 +526,7 @@ class Decoder:
         """The token `(rows)` after each row's last final one, of the whole vocabulary as the grammar allows it."""
         branches = hidden.unflatten(0, (-1, self.num_rows))  # (branches, rows, slots, hidden_size)
         last = branches.take_along_dim(slot[None, :, None, None], 2)[:, :, 0]
-        logits = self.model.lm_head(last).float().to(self.device).flatten(0, 1)
-        scores = _guide(logits, scale) if guided else logits
+        scores = self._guide(self.model.lm_head(last).flatten(0, 1), scale, guided)
         if self.processors:
             with torch.inference_mode(False), torch.no_grad():
                 scores = self.processors(self.final_ids(), scores.clone())
@@ -535,8 +535,7 @@ class Decoder:
         if not self.settings.do_sample:
             return scores.argmax(1)
         in_image = self.step > 0
-        is_entropic = self.settings.top_k_schedule == "entropy"
-        top_k = torch.where(in_image, entropy_top_k(scores) if is_entropic else self.image_top_k, self.text_top_k)
+        top_k = torch.where(in_image, self._top_k(scores), self.text_top_k)
         temperature = torch.where(in_image, self.image_temperature, self.text_temperature)
         scores, candidates = self._warp(scores, top_k, temperature)
         return _pick(scores + gumbel_noise(self.seeds, self.length[:, None], candidates[:, None])[:, 0], candidates)
@@ -567,6 +566,21 @@ class Decoder:
             return torch.zeros_like(step, dtype=torch.bool)
         return step - 3 >= self.settings.guidance_end * rows * (cols + 1)
 
+    def _guide(self, logits: Tensor, scale: Tensor, guided: bool) -> Tensor:
+        """Logits to float32 scores; guided, of both branches `(2 * rows, ..., tokens)`, by a scale `(rows, ...)`."""
+        logits = logits.float().to(self.device)
+        if not guided:
+            return logits
+        conditional, unconditional = logits.chunk(2)
+        scores = unconditional + scale[..., None] * (conditional - unconditional)
+        return torch.where(scale[..., None] == 1, conditional, scores)
+
+    def _top_k(self, scores: Tensor) -> Tensor:
+        """Candidates in images `(rows, ...)`, of scores `(rows, ..., tokens)`."""
+        if self.settings.top_k_schedule == "entropy":
+            return entropy_top_k(scores)
+        return self.image_top_k.view(-1, *[1] * (scores.ndim - 2)).expand(scores.shape[:-1])
+
     def _warp(self, scores: Tensor, top_k: Tensor, temperature: Tensor) -> tuple[Tensor, Tensor]:
         """Top-k `(rows, ...)`, then temperature `(rows)`, of scores `(rows, ..., tokens)`: those left, and whose."""
         best, candidates = scores.topk(min(self.largest_top_k, scores.shape[-1]))  # (rows, ..., largest k)
@@ -578,11 +592,10 @@ class Decoder:
         # 1. Where the row ends now: what agreed, the token after it, and what is forced then
         num_final = torch.clamp(num_agreed + 1, max=num_slots)
         length = torch.maximum(torch.minimum(self.cached + num_final + 1, last), self.length)
-        in_codes, num_tokens = self.step >= 3, self.layout.num_tokens(self.rows, self.cols)
+        in_codes, image_end = self.step >= 3, self.image_end
         for _ in range(MAX_RIDES):
-            step = self.step + length - self.length
-            forced = self.layout.forced_next(step, self.rows, self.cols)
-            rides = in_codes & (forced >= 0) & (step < num_tokens)
+            forced = self.layout.forced_next(self.step + length - self.length, self.rows, self.cols)
+            rides = in_codes & (forced >= 0) & (length < image_end)
             there = self.tokens.gather(1, length[:, None])
             self.tokens.scatter_(1, length[:, None], torch.where(rides[:, None], forced[:, None], there))
             length = length + rides
@@ -598,7 +611,7 @@ class Decoder:
         starts = decides & (token == self.layout.start_id)
         size = torch.where(decides, self.layout.size_of_id(token) * self.layout.codes_per_size_unit, 0)
         step = torch.where(in_codes | (self.step > 0), self.step + num_new, 0)
-        step = torch.where(starts, 1, torch.where(in_codes & (step == num_tokens), 0, step))
+        step = torch.where(starts, 1, torch.where(in_codes & (length == image_end), 0, step))
         in_image = step > 0
         new = {
             "rows": torch.where(self.step == 1, size, self.rows) * (in_image & ~starts),
@@ -638,13 +651,6 @@ class Decoder:
         """What is final of each row `(rows, longest)`, padded on the left."""
         places = torch.arange(-int(self.length.max()), 0, device=self.device) + self.length[:, None]
         return torch.where(places >= 0, self.tokens.gather(1, places.clamp(min=0)), self.pad_id)
-
-
-def _guide(logits: Tensor, scale: Tensor) -> Tensor:
-    """Conditional, then unconditional scores `(2 * rows, ..., tokens)` to guided ones, by a scale `(rows, ...)`."""
-    conditional, unconditional = logits.chunk(2)
-    guided = unconditional + scale[..., None] * (conditional - unconditional)
-    return torch.where(scale[..., None] == 1, conditional, guided)
 
 
 def _pick(scores: Tensor, candidates: Tensor) -> Tensor:

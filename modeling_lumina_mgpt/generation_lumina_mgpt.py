@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from .decoding_lumina_mgpt import Decoder, Prompt
+from .decoding_lumina_mgpt import COLUMNS, KEPT, Decoder, Prompt
 from .uni_rep import ImageLayout, is_whole, whole_numbers
 
 NO_STOCK_SEARCH = {"guidance_scale": 1.0, "num_beams": 1}  # stock's guidance runs the model twice
@@ -167,6 +167,17 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         call = self._begin(inputs, generation_config, batch_size=batch_size, **kwargs)
         return call.stream()
 
+    def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
+        """Keys and values of so many rows, those of guidance counted apart, of so many tokens; and room for drafts."""
+        config, num_columns = self.config, -(-num_tokens // COLUMNS) * COLUMNS + COLUMNS
+        head_dim = config.hidden_size // config.num_attention_heads
+        num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # of a token
+        return num_rows * num_columns * num_values * self.dtype.itemsize
+
+    def free_cache(self) -> bool:
+        """Gives back what compiled steps keep from call to call; whether there was any."""
+        return self.__dict__.pop(KEPT, None) is not None
+
     def _begin(
         self,
         inputs: Tensor | None,
@@ -218,19 +229,11 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             kwargs["max_new_tokens"] = max(1, self.config.max_position_embeddings - int(mask.sum(1).min()))
         elif asked("max_new_tokens") is None and asked("max_length") <= ids.shape[1]:
             raise ValueError(f"max_length is {asked('max_length')}, and the prompt has {ids.shape[1]} tokens.")
-        negative: list[Tensor] = [torch.zeros(0, dtype=torch.long)] * len(ids)
-        if negative_prompt_ids is not None:
-            negative_ids, negative_mask = self._checked_prompts(
-                negative_prompt_ids, negative_prompt_attention_mask, "negative_prompt_ids"
-            )
-            if len(negative_ids) != len(ids):
-                raise ValueError(f"{len(negative_ids)} negative prompts for {len(ids)} prompts.")
-            negative = _unpadded(negative_ids, negative_mask)
         decoder = partial(
             self._decoder,
             settings=settings,
             prompts=_unpadded(ids, mask),
-            negative=negative,
+            negative=self._negative_prompts(negative_prompt_ids, negative_prompt_attention_mask, len(ids)),
             wanted=self._wanted_grid(height, width, len(ids)),
             seeds=_draw_seeds(generator, len(ids) * copies).tolist(),
             batch_size=batch_size,
@@ -353,6 +356,15 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             raise ValueError(f"the mask of {name} is {tuple(mask.shape)}; accepted are 0 and 1, {tuple(ids.shape)}.")
         return ids.to(device), mask.to(device).long()
 
+    def _negative_prompts(self, ids: Any, mask: Any, num_prompts: int) -> list[Tensor]:
+        """One `(length)` for each prompt, empty where none are given."""
+        if ids is None:
+            return [torch.zeros(0, dtype=torch.long)] * num_prompts
+        ids, mask = self._checked_prompts(ids, mask, "negative_prompt_ids")
+        if len(ids) != num_prompts:
+            raise ValueError(f"{len(ids)} negative prompts for {num_prompts} prompts.")
+        return _unpadded(ids, mask)
+
     def _decoding_settings(self, generation_config, kwargs: dict) -> DecodingSettings:
         """Takes our arguments out of `kwargs`; the others come from the generation configs, then from the defaults."""
         if not isinstance(generation_config, GenerationConfig | None):
@@ -444,13 +456,13 @@ class _Call:
     def _after_step(self, decoder: Decoder) -> Tensor:
         """Tells everyone; which rows to end. `(rows)`"""
         stop = torch.zeros_like(decoder.running)
-        new_ids, num_new = decoder.new_ids()
         if self.streamer is not None:
+            new_ids, _ = decoder.new_ids()
             self.streamer.put(new_ids[0, self.num_streamed :].cpu())
             self.num_streamed = new_ids.shape[1]
         if self.criteria:
             stop |= self.criteria(decoder.final_ids(), None)
-        if self.callback is not None and self.callback(new_ids, num_new):
+        if self.callback is not None and self.callback(*decoder.new_ids()):
             decoder.waiting.clear()
             stop |= True
         return stop

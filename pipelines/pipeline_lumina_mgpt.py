@@ -90,7 +90,6 @@ pipe("a large red sphere").images[0].save("picture.png")
 """
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
 USUAL_PROMPT_TOKENS = 128
-CACHE_STEP = 64  # columns of a cache come in multiples of it, and once more for a window of drafts
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
     "num_return_sequences": "accepted is num_images_per_prompt, and a chat has one answer",
@@ -474,13 +473,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
     def _cache_bytes(self, num_rows: int, num_tokens: int, guidance_scales: list[float | None]) -> int:
-        """Keys and values `(rows, columns, kv heads, head_dim)` of each layer."""
-        config, default = self.transformer.config, getattr(self.transformer.generation_config, "guidance_scale", None)
+        default = getattr(self.transformer.generation_config, "guidance_scale", None)
         is_guided = any((default if scale is None else scale) != 1 for scale in guidance_scales)
-        num_columns = -(-num_tokens // CACHE_STEP) * CACHE_STEP + CACHE_STEP
-        head_dim = config.hidden_size // config.num_attention_heads
-        num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # of a token
-        return num_rows * (1 + is_guided) * num_columns * num_values * self.transformer.dtype.itemsize
+        return self.transformer.cache_bytes(num_rows * (1 + is_guided), num_tokens)
 
     def _check_memory(
         self, task: str, requests: list[Request], num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]
@@ -504,7 +499,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
 
         height, width = max(((r.height, r.width) for r in requests), key=lambda size: (size[0] or 0) * (size[1] or 0))
         wanted = needed(num_rows, height, width)
-        if wanted > free and self.transformer.__dict__.pop("_last_decoder", None):  # a compiled one's cache
+        if wanted > free and self.transformer.free_cache():
             free = free_bytes(device) or free
         if wanted <= free:
             return
@@ -728,8 +723,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             waits[owner] -= 1
             if not waits[owner]:
                 yield owner, [rows[i] for i in numbers[owner]]
-        for owner in [owner for owner, left in waits.items() if left]:
-            yield owner, [rows[i] for i in numbers[owner]]
+        for owner, left in waits.items():
+            if left:
+                yield owner, [rows[i] for i in numbers[owner]]
 
     def _generate(
         self,

@@ -55,8 +55,9 @@ def continuation(model, row, prompt_length):
     return [i for i in row[prompt_length:].tolist() if i != model.config.pad_token_id]
 
 
+@pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_greedy_tokens_are_the_references(golden, index):
+def test_greedy_tokens_are_the_references(golden, index, decoding):
     model = build_golden_decoder(golden[index], image_layout=CHAMELEON_LAYOUT.layout_dict())
     for record in golden[index]["greedy"]:
         output = model.generate(
@@ -64,12 +65,15 @@ def test_greedy_tokens_are_the_references(golden, index):
             guidance_scale=record["cfg"],
             do_sample=False,
             eos_token_id=CHAMELEON_LAYOUT.end_id,
+            decoding=decoding,
+            window=6,
         )
         assert output[0, len(record["prompt_ids"]) :].tolist() == record["new_ids"]
 
 
+@pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
 @pytest.mark.parametrize(("family", "tokenizer"), [("lumina_mgpt_2", "tokenizer_2"), ("pure", "tokenizer_pure")])
-def test_the_other_families_differ_by_configuration_alone(family, tokenizer):
+def test_the_other_families_differ_by_configuration_alone(family, tokenizer, decoding):
     """2.0 with its decaying guidance, PURE with a scale under one; four codes per size unit."""
     record = load_golden("generation")[family]
     uni_rep = UniRep.from_tokenizer(golden_tokenizer(tokenizer), size_unit_px=32, codes_per_size_unit=4)
@@ -81,6 +85,8 @@ def test_the_other_families_differ_by_configuration_alone(family, tokenizer):
             guidance_schedule="decay" if family == "lumina_mgpt_2" else None,
             do_sample=False,
             eos_token_id=uni_rep.end_id,
+            decoding=decoding,
+            window=6,
         )
         assert output[0, len(greedy["prompt_ids"]) :].tolist() == greedy["new_ids"]
 

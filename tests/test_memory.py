@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from modeling_lumina_mgpt import LuminaMGPTProcessor
 from modeling_lumina_mgpt.convert_vq_checkpoint import convert_vq_state_dict
+from modeling_lumina_mgpt.decoding_lumina_mgpt import COLUMNS
 from modeling_lumina_mgpt.pipelines import pipeline_lumina_mgpt
 from modeling_lumina_mgpt.processing_lumina_mgpt import SharedNorms, _decoded, _float_bytes_per_code
 from modeling_lumina_mgpt.training.tabletop_renderer import render, to_image
@@ -81,7 +82,7 @@ def test_a_cache_is_not_larger_than_was_estimated_and_not_much_smaller(tiny_pipe
     num_tokens = keys[0].shape[2]
     prompt_tokens = num_tokens - tiny_pipe.processor.uni_rep.num_tokens(8, 4)
     estimate = tiny_pipe.estimate_memory(64, 32, 2, guidance_scale, prompt_tokens).cache
-    assert found <= estimate <= found / num_tokens * (num_tokens + 2 * pipeline_lumina_mgpt.CACHE_STEP)
+    assert found <= estimate <= found / num_tokens * (num_tokens + 2 * COLUMNS)
 
 
 @pytest.mark.parametrize(
