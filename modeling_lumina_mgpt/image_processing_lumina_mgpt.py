@@ -216,13 +216,7 @@ class Tiling:
             scale = max(1, side_px / min(width, height))
             self.size_px, scaled = (width, height), (round(width * scale), round(height * scale))
         self.picture = picture.resize(scaled, Image.Resampling.BICUBIC)
-        self.corners = [(left, top) for top in self._starts(scaled[1]) for left in self._starts(scaled[0])]
-
-    def _starts(self, length_px: int) -> list[int]:
-        """Where squares begin along a side, evenly spread."""
-        step_px = self.side_px - self.overlap_px
-        num_steps = -(-(length_px - self.side_px) // step_px)
-        return [i * (length_px - self.side_px) // max(num_steps, 1) for i in range(num_steps + 1)]
+        self.corners = tile_corners(*scaled, self.side_px, self.overlap_px)
 
     def cut(self) -> list[Image.Image]:
         """The squares."""
@@ -230,17 +224,40 @@ class Tiling:
 
     def merge(self, tiles: list[Image.Image]) -> Image.Image:
         """The whole from squares in the order of `cut`, faded into each other where they overlap."""
-        distance = np.minimum(np.arange(self.side_px), np.arange(self.side_px)[::-1]) + 1.0  # to the nearest edge
-        ramp = np.minimum(distance, self.overlap_px) / self.overlap_px
-        weight = (ramp[:, None] * ramp)[..., None]
-        total = np.zeros((self.picture.height, self.picture.width, 3))
-        weights = np.zeros_like(total)
-        for (x, y), tile in zip(self.corners, tiles, strict=True):
-            place = slice(y, y + self.side_px), slice(x, x + self.side_px)
-            total[place] += weight * np.array(tile)
-            weights[place] += weight
-        merged = Image.fromarray((total / weights).round().astype(np.uint8))
+        pixels = [torch.from_numpy(np.array(tile)).movedim(-1, 0).double() for tile in tiles]
+        whole = blend_tiles(pixels, self.corners, *self.picture.size, self.overlap_px)
+        merged = Image.fromarray(whole.round().byte().movedim(0, -1).numpy())
         return merged.resize(self.size_px, Image.Resampling.BICUBIC)
+
+
+def tile_corners(width: int, height: int, side: int, overlap: int) -> list[tuple[int, int]]:
+    """`(left, top)` of evenly spread tiles that cover a whole, of `side` or, where that is shorter, its own side."""
+
+    def starts(length: int) -> list[int]:
+        num_steps = max(0, -(-(length - side) // (side - overlap)))
+        return [i * (length - side) // max(num_steps, 1) for i in range(num_steps + 1)]
+
+    return [(left, top) for top in starts(height) for left in starts(width)]
+
+
+def blend_tiles(
+    tiles: list[torch.Tensor], corners: list[tuple[int, int]], width: int, height: int, overlap: int
+) -> torch.Tensor:
+    """The whole (3, height, width) from tiles (3, ...) at their corners, faded into each other where they overlap."""
+    total, weights = (tiles[0].new_zeros(num_channels, height, width) for num_channels in (3, 1))
+    for (x, y), tile in zip(corners, tiles, strict=True):
+        vertical, horizontal = (_ramp(length, overlap).to(tile) for length in tile.shape[1:])
+        place = ..., slice(y, y + len(vertical)), slice(x, x + len(horizontal))
+        weight = vertical[:, None] * horizontal
+        total[place] += weight * tile
+        weights[place] += weight
+    return total / weights
+
+
+def _ramp(length: int, overlap: int) -> torch.Tensor:
+    """Weights that rise from either end to 1."""
+    distance = torch.arange(1, length + 1)  # to the end
+    return torch.minimum(distance, distance.flip(0)).clamp(max=overlap) / overlap
 
 
 def wavelet_color_fix(picture: Image.Image, source: Image.Image) -> Image.Image:

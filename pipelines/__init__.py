@@ -7,9 +7,9 @@ Installed as `modeling_lumina_mgpt.pipelines`. The pipeline is imported when fir
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .pipeline_lumina_mgpt import LuminaMGPTPipeline, VerifierError
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline, MemoryEstimate, VerifierError
 
-__all__ = ["LuminaMGPTPipeline", "VerifierError"]
+__all__ = ["LuminaMGPTPipeline", "MemoryEstimate", "VerifierError"]
 
 
 def __getattr__(name: str) -> Any:

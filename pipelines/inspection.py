@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import MIN_DECAYED_SCALE, entropy
+from modeling_lumina_mgpt.decoding_lumina_mgpt import MIN_DECAYED_SCALE, entropy
 
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
@@ -54,19 +54,23 @@ def watch(pipe: "LuminaMGPTPipeline", prompt: str | None, **call: Any) -> Watche
     ValueError if the model drew none, or restored one in more than one square.
     """
     uni_rep = pipe.processor.uni_rep
-    ids, entropies = torch.empty(0), []
+    ids, entropies = torch.empty(0), {}  # by place; an end of a line has none
 
     def see(ids_so_far: Tensor, scores: Tensor) -> Tensor:
-        nonlocal ids
-        if ids_so_far.shape[1] <= len(ids):
+        place = ids_so_far.shape[1]
+        if place in entropies:
             raise ValueError(
                 f"a picture that is restored in squares: accepted is one of {pipe.processor.target_px} px"
             )
-        ids = ids_so_far[0].cpu()
-        entropies.append(entropy(scores[:, uni_rep.code_ids.to(scores.device)]))  # one number, as scores are large
+        entropies[place] = float(entropy(scores[:, uni_rep.code_ids.to(scores.device)]))
         return scores
 
-    output: Any = pipe(prompt, logits_processor=[see], **call)
+    def keep(ids_so_far: Tensor, _) -> Tensor:
+        nonlocal ids
+        ids = ids_so_far[0].cpu()
+        return torch.zeros(1, dtype=torch.bool, device=ids_so_far.device)
+
+    output: Any = pipe(prompt, logits_processor=[see], stopping_criteria=[keep], **call)
     picture = output.images[0]
     if picture is None or output.panels is not None:
         raise ValueError(
@@ -77,8 +81,7 @@ def watch(pipe: "LuminaMGPTPipeline", prompt: str | None, **call: Any) -> Watche
     codes_at = start + 3 + torch.arange(rows)[:, None] * (cols + 1) + torch.arange(cols)
     if codes_at.max() >= len(ids):
         raise ValueError(f"prompt {prompt!r}: the picture was cut short")
-    num_given = len(ids) - len(entropies) + 1  # the last scores were for a token after `ids`
-    nats = torch.cat(entropies).cpu()[(codes_at - num_given).clamp(min=0)].masked_fill(codes_at < num_given, 0)
+    nats = torch.tensor([[entropies.get(place, 0.0) for place in line] for line in codes_at.tolist()])
     return Watched(prompt or str(call.get("task")), picture, ids[: codes_at.max() + 1], codes_at, nats)
 
 

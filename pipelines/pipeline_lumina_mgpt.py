@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import psutil
 import torch
 from diffusers import DiffusionPipeline, VQModel
 from diffusers import __version__ as diffusers_version
@@ -33,12 +34,11 @@ from transformers import (
     AutoProcessor,
     PreTrainedModel,
     ProcessorMixin,
-    StoppingCriteria,
-    StoppingCriteriaList,
 )
 
 if TYPE_CHECKING:  # never imported: the loaders fetch just the files that a pipeline names like this
     from .configuration_lumina_mgpt import *  # type: ignore # noqa: F403
+    from .decoding_lumina_mgpt import *  # type: ignore # noqa: F403
     from .generation_lumina_mgpt import *  # type: ignore # noqa: F403
     from .image_processing_lumina_mgpt import *  # type: ignore # noqa: F403
     from .modeling_lumina_mgpt import *  # type: ignore # noqa: F403
@@ -89,10 +89,12 @@ pipe("a large red sphere").images[0].save("picture.png")
 ```
 """
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
+USUAL_PROMPT_TOKENS = 128
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 OWN_ARGUMENTS = {  # of the model's `generate`, and what a user wants instead
     "num_return_sequences": "accepted is num_images_per_prompt, and a chat has one answer",
     "return_dict_in_generate": "accepted is output_type",
+    "streamer": "accepted is callback_on_step_end",
     "input_ids": "accepted is a prompt",
     "attention_mask": "accepted is a prompt",
 }
@@ -105,7 +107,6 @@ SAMPLING = (
     "image_temperature",
     "text_temperature",
 )
-PER_PROMPT = ("image", "condition", "height", "width", "negative_prompt", "generator", *SAMPLING)
 
 
 @dataclass
@@ -120,6 +121,7 @@ class LuminaMGPTPipelineOutput(BaseOutput):
         scores: the verifier's, one a row; `-inf` for one without a picture.
         prompts: one a row, as the prompt enhancer made them.
         messages: of a chat, the conversation with the answer at its end, as `processor.answer_message` has it.
+        window: tokens that each step of decoding looked at, as "auto" has chosen it; 1 without drafts.
     """
 
     images: list[Any] | np.ndarray | Tensor
@@ -129,6 +131,31 @@ class LuminaMGPTPipelineOutput(BaseOutput):
     scores: list[float] | None = None
     prompts: list[str] | None = None
     messages: list[dict[str, Any]] | None = None
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that drawing takes.
+
+    Attributes:
+        weights: of all components as they are loaded: in their dtypes, quantized, with adapters.
+        cache: keys and values of all rows.
+        vq_decode: what turning codes into pixels needs at its peak, beside weights.
+    """
+
+    weights: int
+    cache: int
+    vq_decode: int
+
+    @property
+    def total(self) -> int:
+        """All at once, as in a stream that draws on while it decodes."""
+        return self.weights + self.cache + self.vq_decode
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "cache": self.cache, "VQ decode": self.vq_decode, "total": self.total}
+        return ", ".join(f"{name} {_bytes_text(num_bytes)}" for name, num_bytes in parts.items())
 
 
 class VerifierError(RuntimeError):
@@ -175,20 +202,34 @@ class Row:
     score: float = math.nan
 
 
-class StepWatcher(StoppingCriteria):
-    """After each token: the progress bar, the user's callback, and whether to stop."""
+@dataclass
+class Call:
+    """What was asked for, checked.
 
-    def __init__(self, pipe: "LuminaMGPTPipeline", bar, callback: Callable | None, tensor_inputs: list[str]):
-        self.pipe, self.bar, self.callback, self.tensor_inputs, self.step = pipe, bar, callback, tensor_inputs, 0
+    Attributes:
+        given: one request for each prompt.
+        requests: those that the model answers; `owners[i]` is the number of the prompt that `requests[i]` is for.
+        tilings: of the pictures to restore, whose squares are the requests.
+        copies: rows to draw of each request, of which `num_kept` are returned.
+        batch_size: rows to draw at a time, all by default.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs) -> Tensor:
-        """`input_ids (batch, length)` -> True for all rows once the pipeline was interrupted. (batch)"""
-        self.bar.update()
-        if self.callback is not None:
-            tensors = {"generated_ids": input_ids[:, -self.step - 1 :]}
-            self.callback(self.pipe, self.step, self.step, {name: tensors[name] for name in self.tensor_inputs})
-        self.step += 1
-        return torch.full(input_ids.shape[:1], self.pipe.interrupt, device=input_ids.device)
+    task: str
+    given: list[Request]
+    requests: list[Request]
+    owners: list[int]
+    tilings: list[Any]
+    copies: int
+    num_kept: int
+    batch_size: int | None
+    generator: Any
+    output_type: str
+    color_fix: str | None
+    verifier: Callable | None
+    callback: Callable | None
+    tensor_inputs: list[str]
+    generate_kwargs: dict[str, Any]
+    window: int | None = None  # that decoding has used
 
 
 class LuminaMGPTPipeline(DiffusionPipeline):
@@ -259,10 +300,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 [0, 1]) or "latent" (codes, int64 (rows, cols)). All but "pil" are stacked if they are of one size.
                 "np" and "pt" hold numbers for tasks "depth" ((height, width) in [0, 1]), "normal" (unit vectors in
                 place of colors) and "segmentation" (uint8 (height, width)): see `image_processor.to_array`.
-            callback_on_step_end: called as `callback(pipe, step, timestep, callback_kwargs)` after each token; both
-                numbers count tokens. Tokens are final: what it returns is ignored.
-            callback_on_step_end_tensor_inputs: of "generated_ids": `LongTensor (batch, step + 1)`, whose rows
-                `processor.decode_ids` shows as far as they are drawn.
+            callback_on_step_end: called as `callback(pipe, step, timestep, callback_kwargs)` after each step of
+                decoding; both numbers count steps. Tokens are final: what it returns is ignored.
+            callback_on_step_end_tensor_inputs: of "generated_ids": `LongTensor (batch, longest)`, whose rows, padded
+                on the right, `processor.decode_ids` shows as far as they are drawn.
             condition: for all or one per prompt; of two panels, what the other one shows: "depth", "canny", "hed",
                 "pose", or in words, such as a subject to draw again. `height` and `width` are those of one panel.
                 For "canny" a photo will do: its edges are found first.
@@ -277,7 +318,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 prompt as it was.
             allow_untrained: try a task that this checkpoint was not trained for.
             generate_kwargs: further arguments of the model's `generate`: `image_top_k`, `text_top_k`,
-                `image_temperature`, `text_temperature`, `top_k_schedule`, `decoding`, `max_new_tokens`, ...
+                `image_temperature`, `text_temperature`, `top_k_schedule`, `decoding`, `window`, `draft`,
+                `guidance_end`, `compile_config`, `max_new_tokens`, ...
 
         Returns:
             `LuminaMGPTPipelineOutput`, or with `return_dict=False` the tuple `(images, text)`.
@@ -285,62 +327,40 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         Raises:
             ValueError: for an unknown or untrained task, a missing or superfluous prompt or image, an impossible size,
                 or a list of another length than the prompts'.
+            MemoryError: if the rows will not fit into the device's memory; it says what would. Nothing has begun then.
             VerifierError: if the verifier raises, or gives other than a finite number for each image; `.output` holds
                 the images.
         """
         # 1. One request per prompt
-        task = task if task is not None else ("text-to-image" if image is None else "edit")
-        self.processor.check_task(task, allow_untrained)
-        self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs, task)
-        if color_fix is not None:
-            self.processor.image_processor.check_color_fix(color_fix)
-        _check_callables(callback_on_step_end=callback_on_step_end, verifier=verifier, prompt_enhancer=prompt_enhancer)
-        copies = _num_copies(num_images_per_prompt, best_of, verifier)
-        given = _requests(
+        call = self._prepare(
             prompt=prompt,
-            negative_prompt=negative_prompt,
-            condition=condition,
             image=image,
+            task=task,
             height=height,
             width=width,
-            sampling={"guidance_scale": guidance_scale}
-            | {name: generate_kwargs.pop(name) for name in SAMPLING if name in generate_kwargs},
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            guidance_scale=guidance_scale,
+            generator=generator,
+            output_type=output_type,
+            callback_on_step_end=callback_on_step_end,
+            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            condition=condition,
+            color_fix=color_fix,
+            tile_batch_size=tile_batch_size,
+            best_of=best_of,
+            verifier=verifier,
+            prompt_enhancer=prompt_enhancer,
+            allow_untrained=allow_untrained,
+            **generate_kwargs,
         )
-        _check_generators(generator, len(given) * copies)
-        for request in given:
-            self._check_image(task, request.image)
-            if not isinstance(request.negative_prompt, str | None):
-                raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
-        tilings = self._tilings(given, output_type) if task == "restore" else []
-        requests, generator = _one_per_square(given, tilings, generator, copies) if tilings else (given, generator)
-        self._encode_images(task, requests)
-        for request in requests:
-            if prompt_enhancer is not None and request.prompt:
-                request.words = _enhanced(prompt_enhancer, request.prompt)
 
-        # 2. Their answers
-        rows: list[Row] = []
-        batch_size = _checked_count("tile_batch_size", tile_batch_size) if tilings else len(requests)
-        for first in range(0, len(requests), batch_size):
-            part, own = requests[first : first + batch_size], slice(first * copies, (first + batch_size) * copies)
-            generate_kwargs["generator"] = generator[own] if isinstance(generator, list | tuple) else generator
-            callback = callback_on_step_end, callback_on_step_end_tensor_inputs
-            rows += self._answers(task, part, copies, *callback, dict(generate_kwargs))
-            if self.interrupt:
-                break
-        rows += [Row(request, "") for request in requests for _ in range(copies)][len(rows) :]  # if interrupted
+        # 2. Their answers, in the order of the prompts
+        answers = dict(self._answers(call))
 
-        # 3. Pictures
-        if output_type != "latent" or verifier is not None:
-            self._decode_rows(task, rows)
-        if tilings:
-            rows = self._merge(given, tilings, rows, copies, color_fix)
+        # 3. Pictures, and the best of them
+        output = self._finish(call, sorted(answers), [row for owner in sorted(answers) for row in answers[owner]])
         self.maybe_free_model_hooks()
-
-        # 4. The best of them
-        if verifier is not None:
-            rows = self._best(verifier, task, rows, copies, num_images_per_prompt, output_type)
-        output = self._output(task, rows, output_type)
         return output if return_dict else (output.images, output.text)
 
     @torch.no_grad()
@@ -375,49 +395,203 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **begun)
         inputs = inputs.to(self._execution_device)
         generate_kwargs["num_return_sequences"] = 1
-        (row,) = self._generate(inputs, callback_on_step_end, callback_on_step_end_tensor_inputs, **generate_kwargs)
+        watch = callback_on_step_end, callback_on_step_end_tensor_inputs
+        ((_, row, window),) = self._generate(inputs, 1, 1, *watch, **generate_kwargs)
         if upper_rows is not None:
-            row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row.cpu()])
+            row = torch.cat([self._begun(upper_rows, generate_kwargs["height"], generate_kwargs["width"]), row])
         answer = self.processor.answer_message(row)
         codes = [item["image"] for item in answer["content"] if item["type"] == "image"]
         text = "".join(item["text"] for item in answer["content"] if item["type"] == "text").strip()
         images = self._as_output(codes if output_type == "latent" else self._decode(codes), output_type)
         self.maybe_free_model_hooks()
-        return LuminaMGPTPipelineOutput(images=images, text=[text], messages=[*messages, answer])
+        return LuminaMGPTPipelineOutput(images=images, text=[text], messages=[*messages, answer], window=window)
 
     def stream(
         self, prompts: str | list[str], batch_size: int = 8, num_images_per_prompt: int = 1, **kwargs
     ) -> Iterator[tuple[int, LuminaMGPTPipelineOutput]]:
-        """Yields `(index, output)` for each prompt as soon as it is drawn, `batch_size` prompts at a time.
+        """Yields `(index, output)` for each prompt as soon as it is drawn, while others still are.
 
-        Further arguments are those of a call, with lists for all prompts.
+        Args:
+            batch_size: rows to draw at a time; where one has ended the next begins. What a prompt gives depends on
+                neither its place nor its neighbors.
+            kwargs: further arguments of a call, with lists for all prompts.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         if not isinstance(prompts, list | tuple) or not prompts:
             raise ValueError(f"prompts {prompts!r}: accepted is a string or a list of strings")
         _checked_count("batch_size", batch_size)
-        for name in kwargs.keys() & {*PER_PROMPT} - {"generator"}:
-            _one_each(kwargs[name], len(prompts), name)
-        copies = _num_copies(num_images_per_prompt, kwargs.get("best_of"), kwargs.get("verifier"))
-        _check_generators(kwargs.get("generator"), len(prompts) * copies)
-        for first in range(0, len(prompts), batch_size):
-            part: dict[str, Any] = {}
-            for name, value in kwargs.items():
-                size = copies if name == "generator" else 1
-                own = slice(first * size, (first + batch_size) * size)
-                part[name] = value[own] if isinstance(value, list | tuple) and name in PER_PROMPT else value
-            batch = prompts[first : first + batch_size]
-            output: Any = self(batch, num_images_per_prompt=num_images_per_prompt, **part)
-            for i in range(len(batch)):
-                own = slice(i * num_images_per_prompt, (i + 1) * num_images_per_prompt)
-                yield first + i, LuminaMGPTPipelineOutput(**{name: column[own] for name, column in output.items()})
+        options = {"num_images_per_prompt": num_images_per_prompt, "batch_size": batch_size, **kwargs}
+        call = self._prepare(prompt=list(prompts), **options)
+
+        def outputs() -> Iterator[tuple[int, LuminaMGPTPipelineOutput]]:
+            for owner, rows in self._answers(call):
+                yield owner, self._finish(call, [owner], rows)
+            self.maybe_free_model_hooks()
+
+        return outputs()
 
     def enable_model_cpu_offload(self, gpu_id: int | None = None, device: torch.device | str | None = None) -> None:
         """As in stock, but without an accelerator, where there is nothing to offload from, it does nothing."""
         if device is not None or torch.accelerator.is_available():
             super().enable_model_cpu_offload(gpu_id, device)
 
+    # Memory
+
+    def estimate_memory(
+        self,
+        height: int,
+        width: int,
+        batch: int = 1,
+        guidance_scale: float | None = None,
+        prompt_tokens: int = USUAL_PROMPT_TOKENS,
+    ) -> MemoryEstimate:
+        """What drawing `batch` pictures at a time takes, in bytes; `print` shows it in GB.
+
+        A call needs it on its device: one that will not fit raises MemoryError before it begins. What a forward needs
+        while it runs is not counted; it is little beside `vq_decode`, which `processor.vq_tile_px` bounds.
+
+        Args:
+            height, width: pixels of each picture, with all its panels.
+            guidance_scale: by default the checkpoint's; all but 1 double the cache.
+            prompt_tokens: of the longest prompt, pictures in it included.
+
+        Raises:
+            ValueError: for an impossible size, and counts that are not whole numbers from 1 on.
+        """
+        rows, cols = self.processor.uni_rep.grid(height, width)
+        _checked_count("batch", batch)
+        if guidance_scale is not None:
+            _check_weight("guidance_scale", guidance_scale)
+        num_tokens = _checked_count("prompt_tokens", prompt_tokens) + self.processor.uni_rep.num_tokens(rows, cols)
+        return MemoryEstimate(
+            weights=sum(_weight_bytes(part) for part in self._modules_here()),
+            cache=self._cache_bytes(batch, num_tokens, [guidance_scale]),
+            vq_decode=self.processor.decode_bytes(rows, cols, batch),
+        )
+
+    def _modules_here(self) -> list[torch.nn.Module]:
+        return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
+
+    def _cache_bytes(self, num_rows: int, num_tokens: int, guidance_scales: list[float | None]) -> int:
+        default = getattr(self.transformer.generation_config, "guidance_scale", None)
+        is_guided = any((default if scale is None else scale) != 1 for scale in guidance_scales)
+        return self.transformer.cache_bytes(num_rows * (1 + is_guided), num_tokens)
+
+    def _check_memory(
+        self, task: str, requests: list[Request], num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]
+    ) -> None:
+        """MemoryError, with what would fit, if the answers to these requests, so many at a time, will not."""
+        device, num_panels = self._execution_device, self.processor.tasks[task].num_panels
+        free = free_bytes(device)
+        limit, device_map = generate_kwargs.get("max_new_tokens"), getattr(self.transformer, "hf_device_map", {})
+        if free is None or not isinstance(limit, Integral | None) or len({*device_map.values()}) > 1:
+            return  # of a model on several devices each holds a part; a wrong limit is for `generate` to refuse
+        absent = sum(_weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta"))
+        scales = [request.sampling.get("guidance_scale") for request in requests]
+
+        def needed(num_rows: int, height: int | None, width: int | None) -> int:
+            num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
+            num_tokens = min(num_tokens, int(limit or num_tokens))
+            decoding = 0
+            if height is not None and width is not None:
+                decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
+            return absent + self._cache_bytes(num_rows, prompt_length + num_tokens, scales) + decoding
+
+        height, width = max(((r.height, r.width) for r in requests), key=lambda size: (size[0] or 0) * (size[1] or 0))
+        wanted = needed(num_rows, height, width)
+        if wanted > free and self.transformer.free_cache():
+            free = free_bytes(device) or free
+        if wanted <= free:
+            return
+        fits, what = "not even one fits", "answers"
+        if height is not None and width is not None:
+            what = f"pictures of {width}x{height // num_panels} px"
+            sizes = _smaller_sizes(height // num_panels, width, self.processor.uni_rep.size_unit_px)
+            smaller = [(h, w) for h, w in sizes if needed(1, h * num_panels, w) <= free]
+            fits = f"one of {smaller[0][1]}x{smaller[0][0]} px fits" if smaller else "not even the smallest fits"
+        if few := [n for n in range(1, num_rows) if needed(n, height, width) <= free]:
+            fits = f"{few[-1]} at a time fit"
+        raise MemoryError(
+            f"{what}, {num_rows} at a time, need {_bytes_text(wanted)}, and {_bytes_text(free)} are free on {device}:"
+            f" {fits}"
+        )
+
     # The steps of a call
+
+    @torch.no_grad()
+    def _prepare(
+        self,
+        prompt: Any,
+        image: Any = None,
+        task: str | None = None,
+        height: Any = None,
+        width: Any = None,
+        negative_prompt: Any = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: Any = None,
+        generator: Any = None,
+        output_type: str = "pil",
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: list[str] = _callback_tensor_inputs,
+        condition: Any = None,
+        color_fix: str | None = "wavelet",
+        tile_batch_size: int = 1,
+        best_of: int | None = None,
+        verifier: Callable | None = None,
+        prompt_enhancer: Callable | None = None,
+        allow_untrained: bool = False,
+        batch_size: int | None = None,
+        **generate_kwargs,
+    ) -> Call:
+        """Checks what was asked for, and encodes its images."""
+        task = task if task is not None else ("text-to-image" if image is None else "edit")
+        self.processor.check_task(task, allow_untrained)
+        self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs, task)
+        if color_fix is not None:
+            self.processor.image_processor.check_color_fix(color_fix)
+        _check_callables(callback_on_step_end=callback_on_step_end, verifier=verifier, prompt_enhancer=prompt_enhancer)
+        copies = _num_copies(num_images_per_prompt, best_of, verifier)
+        given = _requests(
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            condition=condition,
+            image=image,
+            height=height,
+            width=width,
+            sampling={"guidance_scale": guidance_scale}
+            | {name: generate_kwargs.pop(name) for name in SAMPLING if name in generate_kwargs},
+        )
+        _check_generators(generator, len(given) * copies)
+        for request in given:
+            self._check_image(task, request.image)
+            if not isinstance(request.negative_prompt, str | None):
+                raise ValueError(f"negative_prompt {request.negative_prompt!r}: accepted is text")
+        tilings = self._tilings(given, output_type) if task == "restore" else []
+        requests, owners = given, list(range(len(given)))
+        if tilings:
+            requests, owners, generator = _one_per_square(given, tilings, generator, copies)
+            batch_size = _checked_count("tile_batch_size", tile_batch_size) * copies
+        self._encode_images(task, requests)
+        for request in requests:
+            if prompt_enhancer is not None and request.prompt:
+                request.words = _enhanced(prompt_enhancer, request.prompt)
+        return Call(
+            task=task,
+            given=given,
+            requests=requests,
+            owners=owners,
+            tilings=tilings,
+            copies=copies,
+            num_kept=num_images_per_prompt,
+            batch_size=batch_size,
+            generator=generator,
+            output_type=output_type,
+            color_fix=color_fix,
+            verifier=verifier,
+            callback=callback_on_step_end,
+            tensor_inputs=callback_on_step_end_tensor_inputs,
+            generate_kwargs=generate_kwargs,
+        )
 
     def _check_options(
         self, output_type: str, tensor_inputs: list[str], generate_kwargs: dict[str, Any], task: str = ""
@@ -515,46 +689,73 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             "negative_prompt_attention_mask": inputs["attention_mask"] * is_given,
         }
 
-    def _answers(
-        self,
-        task: str,
-        requests: list[Request],
-        copies: int,
-        callback: Callable | None,
-        tensor_inputs: list[str],
-        generate_kwargs: dict[str, Any],
-    ) -> list[Row]:
-        """What the model says to requests, in one batch; pictures as codes."""
+    def _answers(self, call: Call) -> Iterator[tuple[int, list[Row]]]:
+        """Yields each prompt's number and its rows, pictures as codes, as soon as all of these are drawn."""
         # 1. Prompts to ids
+        task, requests, copies, kwargs = call.task, call.requests, call.copies, dict(call.generate_kwargs)
         inputs = self._encode_prompts(task, requests)
         if any(request.negative_prompt for request in requests):
-            generate_kwargs |= self._encode_negative_prompts(task, requests)
+            kwargs |= self._encode_negative_prompts(task, requests)
+        sampling = {name: [request.sampling[name] for request in requests] for name in requests[0].sampling}
         answer, uni_rep = self.processor.tasks[task].answer, self.processor.uni_rep
         if answer == "image":  # such an answer ends with its picture
-            generate_kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
-        elif answer == "text":
-            generate_kwargs.setdefault("suppress_tokens", [uni_rep.start_id])
+            kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])
+        elif answer == "text":  # and has nothing to guide
+            kwargs.setdefault("suppress_tokens", [uni_rep.start_id])
+            sampling["guidance_scale"] = [1.0] * len(requests)
 
-        # 2. Generate
+        # 2. Ids to text and codes, as rows end
         sizes = {name: [getattr(request, name) for request in requests] for name in ("height", "width")}
-        sampling = {name: [request.sampling[name] for request in requests] for name in requests[0].sampling}
-        generate_kwargs |= {"num_return_sequences": copies, **sizes, **sampling}
-        answers: Any = self._generate(inputs, callback, tensor_inputs, **generate_kwargs)
+        kwargs |= {"num_return_sequences": copies, "generator": call.generator, **sizes, **sampling}
+        at_once = min(call.batch_size or len(requests) * copies, len(requests) * copies)
+        self._check_memory(task, requests, at_once, inputs["input_ids"].shape[1], kwargs)
+        rows = {i: Row(requests[i // copies], "") for i in range(len(requests) * copies)}  # of what is interrupted
+        numbers: dict[int, list[int]] = {owner: [] for owner in call.owners}
+        for i in rows:
+            numbers[call.owners[i // copies]].append(i)
+        waits = {owner: len(own) for owner, own in numbers.items()}
+        for number, ids, window in self._generate(
+            inputs, len(rows), at_once, call.callback, call.tensor_inputs, **kwargs
+        ):
+            rows[number] = self._row(task, requests[number // copies], ids)
+            call.window = window
+            owner = call.owners[number // copies]
+            waits[owner] -= 1
+            if not waits[owner]:
+                yield owner, [rows[i] for i in numbers[owner]]
+        for owner, left in waits.items():
+            if left:
+                yield owner, [rows[i] for i in numbers[owner]]
 
-        # 3. Ids to text and codes
-        drawn_for = [request for request in requests for _ in range(copies)]
-        return [self._row(task, request, answer) for request, answer in zip(drawn_for, answers, strict=True)]
-
-    def _generate(self, inputs, callback: Callable | None, tensor_inputs: list[str], **kwargs) -> LongTensor:
-        """The new ids, `(batch, length)`, finished rows padded on the right."""
+    def _generate(
+        self,
+        inputs,
+        num_rows: int,
+        at_once: int,
+        callback: Callable | None,
+        tensor_inputs: list[str],
+        **kwargs,
+    ) -> Iterator[tuple[int, Any, int]]:
+        """Yields each row's number, new ids `(length)` on the CPU and the window as soon as it ends."""
         self._interrupt = False
-        prompt_length = inputs["input_ids"].shape[1]
-        with self.progress_bar(total=self._num_steps(prompt_length, **kwargs)) as bar:
-            watcher = StepWatcher(self, bar, callback, tensor_inputs)
-            criteria = StoppingCriteriaList([*kwargs.pop("stopping_criteria", []), watcher])
-            kwargs |= {"stopping_criteria": criteria, "return_dict_in_generate": False}
-            ids = self.transformer.generate(**inputs, **kwargs)
-        return ids[:, prompt_length:]
+        num_steps = self._num_steps(inputs["input_ids"].shape[1], **kwargs)
+        steps = count()
+        with self.progress_bar(total=num_steps if at_once == num_rows else num_rows) as bar:
+
+            def watch(new_ids: LongTensor, num_new: Tensor) -> bool:
+                if at_once == num_rows:
+                    bar.update(int(num_new.max()) - bar.n)
+                if callback is not None:
+                    step, tensors = next(steps), {"generated_ids": new_ids}
+                    callback(self, step, step, {name: tensors[name] for name in tensor_inputs})
+                return self.interrupt
+
+            if callback is not None or not bar.disable:  # without either the device is never waited for
+                kwargs["callback_on_step_end"] = watch
+            for number, output in self.transformer.stream(**inputs, batch_size=at_once, **kwargs):
+                if at_once < num_rows:
+                    bar.update()
+                yield number, output.sequences[0].cpu(), output.window
 
     def _num_steps(self, prompt_length: int, height=None, width=None, max_new_tokens=None, **kwargs) -> int:
         """At most so many tokens are drawn."""
@@ -569,7 +770,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         """What the new ids of a row say."""
         asked = self.processor.tasks[task]
         if asked.continues:
-            ids = torch.cat([self._begun(request.codes, request.height, request.width), ids.cpu()])
+            ids = torch.cat([self._begun(request.codes, request.height, request.width), ids])
         parts = self.processor.split_ids(ids)
         text = "".join(part for part in parts if isinstance(part, str)).strip()
         codes = ([part for part in parts if not isinstance(part, str)] or [None])[-1]
@@ -579,6 +780,20 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         upper, lower = (half if len(half) else None for half in (codes[:num_rows], codes[num_rows:]))
         # the panel that is the picture is drawn last if the other one is given
         return Row(request, text, lower, upper) if asked.continues else Row(request, text, upper, lower)
+
+    @torch.no_grad()
+    def _finish(self, call: Call, owners: list[int], rows: list[Row]) -> LuminaMGPTPipelineOutput:
+        """The pictures of these prompts' rows, the best of them, as output."""
+        if call.output_type != "latent" or call.verifier is not None:
+            self._decode_rows(call.task, rows)
+        if call.tilings:
+            given, tilings = ([of[owner] for owner in owners] for of in (call.given, call.tilings))
+            rows = self._merge(given, tilings, rows, call.copies, call.color_fix)
+        if call.verifier is not None:
+            rows = self._best(call.verifier, call.task, rows, call.copies, call.num_kept, call.output_type)
+        output = self._output(call.task, rows, call.output_type)
+        output["window"] = call.window
+        return output
 
     def _decode_rows(self, task: str, rows: list[Row]) -> None:
         """Gives the rows their pictures, and the boxes found in them."""
@@ -971,6 +1186,42 @@ def save_pipeline_files(folder: Path) -> None:
     (folder / LuminaMGPTPipeline.config_name).write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
 
 
+def free_bytes(device: torch.device) -> int | None:
+    """What may still be allocated on a device; None where that is not known."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    return psutil.virtual_memory().available if device.type == "cpu" else None
+
+
+def _smaller_sizes(height: int, width: int, unit: int) -> Iterator[tuple[int, int]]:
+    """Multiples of `unit` of that shape as nearly as possible, the largest first."""
+    longest = max(height, width) // unit
+    for length in range(longest - 1, 0, -1):
+        scale = length / longest / unit
+        yield max(1, round(height * scale)) * unit, max(1, round(width * scale)) * unit
+
+
+def _weight_bytes(module: torch.nn.Module) -> int:
+    """Of all that its state holds, once; of quantized tensors what they are made of."""
+    found: dict[Any, int] = {}  # by storage and place
+
+    def add(tensor: Any) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                add(getattr(tensor, name))
+        elif isinstance(tensor, Tensor):
+            found[tensor.untyped_storage()._cdata, tensor.storage_offset()] = tensor.nbytes
+
+    for tensor in module.state_dict().values():
+        add(tensor)
+    return sum(found.values())
+
+
+def _bytes_text(num_bytes: float) -> str:
+    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e8 else f"{num_bytes / 1e6:.1f} MB"
+
+
 def _peft():
     try:
         import peft
@@ -1068,13 +1319,13 @@ def _enhanced(enhancer: Callable[[str], str], prompt: str) -> str:
     return words
 
 
-def _one_per_square(requests: list[Request], tilings: list, generator: Any, copies: int) -> tuple[list[Request], Any]:
-    """A request for each square of each picture, and for its rows the generators of the picture's."""
+def _one_per_square(requests: list[Request], tilings: list, generator: Any, copies: int):
+    """A request for each square of each picture, the picture's number, and for its rows the picture's generators."""
     owners = [i for i, tiling in enumerate(tilings) for _ in tiling.corners]
     squares = [square for tiling in tilings for square in tiling.cut()]
     if isinstance(generator, list | tuple):
         generator = [generator[i * copies + copy] for i in owners for copy in range(copies)]
-    return [replace(requests[i], image=square) for i, square in zip(owners, squares, strict=True)], generator
+    return [replace(requests[i], image=square) for i, square in zip(owners, squares, strict=True)], owners, generator
 
 
 def _one_each(value: Any, num_prompts: int, name: str) -> list[Any]:

@@ -6,7 +6,7 @@ from golden_weights import build_golden_decoder, golden_tokenizer, load_golden
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
-from modeling_lumina_mgpt.generation_lumina_mgpt import entropy_top_k, gumbel_noise
+from modeling_lumina_mgpt.decoding_lumina_mgpt import entropy_top_k, gumbel_noise
 from modeling_lumina_mgpt.uni_rep import ImageLayout, UniRep
 
 CHAMELEON_LAYOUT = ImageLayout(
@@ -55,8 +55,9 @@ def continuation(model, row, prompt_length):
     return [i for i in row[prompt_length:].tolist() if i != model.config.pad_token_id]
 
 
+@pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
 @pytest.mark.parametrize("index", [0, 1])
-def test_greedy_tokens_are_the_references(golden, index):
+def test_greedy_tokens_are_the_references(golden, index, decoding):
     model = build_golden_decoder(golden[index], image_layout=CHAMELEON_LAYOUT.layout_dict())
     for record in golden[index]["greedy"]:
         output = model.generate(
@@ -64,12 +65,15 @@ def test_greedy_tokens_are_the_references(golden, index):
             guidance_scale=record["cfg"],
             do_sample=False,
             eos_token_id=CHAMELEON_LAYOUT.end_id,
+            decoding=decoding,
+            window=6,
         )
         assert output[0, len(record["prompt_ids"]) :].tolist() == record["new_ids"]
 
 
+@pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
 @pytest.mark.parametrize(("family", "tokenizer"), [("lumina_mgpt_2", "tokenizer_2"), ("pure", "tokenizer_pure")])
-def test_the_other_families_differ_by_configuration_alone(family, tokenizer):
+def test_the_other_families_differ_by_configuration_alone(family, tokenizer, decoding):
     """2.0 with its decaying guidance, PURE with a scale under one; four codes per size unit."""
     record = load_golden("generation")[family]
     uni_rep = UniRep.from_tokenizer(golden_tokenizer(tokenizer), size_unit_px=32, codes_per_size_unit=4)
@@ -81,6 +85,8 @@ def test_the_other_families_differ_by_configuration_alone(family, tokenizer):
             guidance_schedule="decay" if family == "lumina_mgpt_2" else None,
             do_sample=False,
             eos_token_id=uni_rep.end_id,
+            decoding=decoding,
+            window=6,
         )
         assert output[0, len(greedy["prompt_ids"]) :].tolist() == greedy["new_ids"]
 
@@ -182,14 +188,14 @@ def test_callbacks_see_the_rows_drawn_so_far(model, tiny_processor):
 
     prompt = tiny_processor("a", height=32, width=32, return_tensors="pt")
     output = model.generate(**prompt, stopping_criteria=StoppingCriteriaList([Watch()]), streamer=Stream())
-    assert seen == [0] * 4 + [1] * 5 + [2] * 3
+    assert seen == [0] * 3 + [1] * 4 + [2] * 4 + [3]  # an end-of-line comes with the code before it
     assert Stream.tokens == [*output[0].tolist(), -1]
 
 
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"decoding": "jacobi"}, "'jacobi'; accepted are 'ar'"),
+        ({"decoding": "x"}, "'x'; accepted are 'ar', 'jacobi', 'gumbel'"),
         ({"height": 30, "width": 32}, "30"),
         ({"height": 32}, "both or neither"),
         ({"height": 160, "width": 160, "max_new_tokens": 50}, "50 are left"),
@@ -239,10 +245,10 @@ def test_specific_settings_win_over_stock_and_call_over_configuration(model):
 
 
 def test_noise_is_gumbel_and_reproducible():
-    noise = gumbel_noise(torch.arange(64) * 7919**4, torch.arange(64), 1024)
+    noise = gumbel_noise(torch.arange(64) * 7919**4, torch.arange(64)[:, None], torch.arange(1024))[:, 0]
     assert noise.mean() == pytest.approx(0.5772, abs=0.02)
     assert noise.var() == pytest.approx(1.6449, abs=0.04)
-    again = gumbel_noise(torch.tensor([5 * 7919**4]), torch.tensor([5]), 2048)[0, :1024]
+    again = gumbel_noise(torch.tensor([5 * 7919**4]), torch.tensor([[5]]), torch.arange(2048))[0, 0, :1024]
     assert torch.equal(noise[5], again)
     assert len(noise.unique()) > 0.99 * noise.numel()
 

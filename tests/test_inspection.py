@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import entropy
+from modeling_lumina_mgpt.decoding_lumina_mgpt import entropy
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.pipelines.inspection import (
     HEAT,
@@ -111,16 +111,16 @@ def test_entropy_is_nothing_for_one_candidate_and_the_logarithm_of_equal_ones():
 @pytest.mark.parametrize(("num_candidates", "nats"), [(64, math.log(64)), (1, 0.0)])
 def test_the_entropy_map_is_of_the_guided_scores_of_codes_alone(tiny_pipe, monkeypatch, num_candidates, nats):
     """Whatever text would score, and whatever top-k and temperature leave."""
-    uni_rep, model = tiny_pipe.processor.uni_rep, tiny_pipe.transformer
-    usual = model.forward
+    uni_rep, head = tiny_pipe.processor.uni_rep, tiny_pipe.transformer.lm_head
+    usual = head.forward
 
-    def forward(*args, **kwargs):
-        outputs = usual(*args, **kwargs)
-        outputs.logits[..., uni_rep.code_ids] = -1e9
-        outputs.logits[..., uni_rep.code_ids[:num_candidates]] = 2.0
-        return outputs
+    def forward(hidden_states):
+        logits = usual(hidden_states)
+        logits[..., uni_rep.code_ids] = -1e9
+        logits[..., uni_rep.code_ids[:num_candidates]] = 2.0
+        return logits
 
-    monkeypatch.setattr(model, "forward", forward)
+    monkeypatch.setattr(head, "forward", forward)
     drawn = watch(tiny_pipe, "a", height=48, width=32, image_top_k=3, image_temperature=0.5)
     assert drawn.entropy.shape == uni_rep.grid(48, 32)
     assert torch.allclose(drawn.entropy, torch.full((6, 4), nats), atol=1e-4)

@@ -14,7 +14,7 @@ from accelerate import cpu_offload
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
 from test_remote_code import run_without_package
-from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig
+from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, TorchAoConfig
 from typer.testing import CliRunner
 
 from hub_server import run_python
@@ -384,6 +384,31 @@ def test_a_quantized_decoder_leaves_head_and_vq_model_alone_and_comes_back(
             pipe.fuse_lora()
         pipe.unload_lora_weights()
         assert torch.equal(pipe.transformer(input_ids=ids).logits, quantized)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_weights_rounded_by_torchao_are_smaller_draw_and_come_back(tiny_folder, train, tmp_path, num_bits):
+    torchao = pytest.importorskip("torchao.quantization")
+    by_group = torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=torchao.PerGroup(16))
+    quantization = TorchAoConfig(by_group if num_bits == 4 else torchao.Int8WeightOnlyConfig())
+    plain = LuminaMGPTPipeline.from_pretrained(tiny_folder)
+    pipe = LuminaMGPTPipeline.from_pretrained(tiny_folder, quantization_config=quantization)
+    assert pipe.estimate_memory(32, 32).weights < plain.estimate_memory(32, 32).weights
+    for part, others in ((pipe.transformer.lm_head, plain.transformer.lm_head), (pipe.vqvae, plain.vqvae)):
+        rounded = part.state_dict()
+        assert all(torch.equal(rounded[key], weight) for key, weight in others.state_dict().items())
+    assert pipe("a red sphere", height=48, width=32).images[0].size == (32, 48)
+
+    with torch.no_grad():
+        quantized = pipe.transformer(input_ids=IDS).logits
+        assert not torch.equal(quantized, plain.transformer(input_ids=IDS).logits)
+        pipe.save_pretrained(tmp_path / "quantized")
+        other = LuminaMGPTPipeline.from_pretrained(tmp_path / "quantized").transformer
+        assert torch.equal(other(input_ids=IDS).logits, quantized)
+        pipe.load_lora_weights(train()[0])
+        assert not torch.equal(pipe.transformer(input_ids=IDS).logits, quantized)
+        pipe.unload_lora_weights()
+        assert torch.equal(pipe.transformer(input_ids=IDS).logits, quantized)
 
 
 def test_offloaded_and_compiled_models_take_no_adapter(tiny_pipe, train):

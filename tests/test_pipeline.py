@@ -1,5 +1,7 @@
 """The pipeline: every task and form of output, what a call may list per row, callbacks, and what it refuses."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -83,15 +85,16 @@ def test_the_negative_prompt_takes_the_unconditional_context(tiny_pipe):
 
 def test_pictures_of_any_size_are_restored_in_squares(tiny_pipe, monkeypatch):
     uni_rep = tiny_pipe.processor.uni_rep
-    num_rows = []
+    sizes = []
 
-    def see_and_repeat(inputs, *args, num_return_sequences, **kwargs):
+    def see_and_repeat(inputs, num_rows, at_once, *args, num_return_sequences, **kwargs):
         """Says what it saw, a whole picture of 64 px, once more."""
-        num_rows.append(len(inputs["input_ids"]))
+        sizes.append((num_rows, at_once))
         starts = (inputs["input_ids"] == uni_rep.start_id).int().argmax(1)
         length = uni_rep.num_tokens(*uni_rep.grid(64, 64))
         seen = [ids[start : start + length] for ids, start in zip(inputs["input_ids"], starts, strict=True)]
-        return torch.stack(seen).repeat_interleave(num_return_sequences, 0)
+        for row in reversed(range(num_rows)):
+            yield row, seen[row // num_return_sequences], 1
 
     monkeypatch.setattr(tiny_pipe, "_generate", see_and_repeat)
 
@@ -104,7 +107,7 @@ def test_pictures_of_any_size_are_restored_in_squares(tiny_pipe, monkeypatch):
     assert same(restore(PICTURE.resize((32, 32)), color_fix=None)[0].size, (64, 64))
     options = {"num_images_per_prompt": 2, "tile_batch_size": 4}
     assert [x.size for x in restore([large, square], **options)] == [(130, 70)] * 2 + [(64, 64)] * 2
-    assert num_rows == [1, 1, 4, 2 + 1]
+    assert sizes == [(1, 1), (1, 1), ((6 + 1) * 2, 4 * 2)]
     for wrong in ({"color_fix": "sepia"}, {"height": 64, "width": 64}, {"output_type": "latent"}):
         with pytest.raises(ValueError, match=r"accepted are wavelet, adain|takes no height|put together from pixels"):
             restore(square, **wrong)
@@ -198,7 +201,7 @@ def test_callbacks_see_rows_as_they_are_drawn_and_may_interrupt(tiny_pipe):
 
     def watch(pipe, step, timestep, kwargs):
         (ids,) = kwargs["generated_ids"]
-        assert len(ids) == step + 1 == timestep + 1
+        assert step == timestep == len(rows) and len(ids) > step  # with the size tokens and ends of lines
         rows.append(sum(part.height for part in pipe.processor.decode_ids(ids)) // 8)
         pipe._interrupt = rows[-1] == 3
 
@@ -236,9 +239,9 @@ def test_a_chat_remembers_the_tokens_of_text_and_pictures(tiny_pipe, monkeypatch
 
     def say(input_ids, **kwargs):
         prompts.append(input_ids[0].tolist())
-        return torch.cat([input_ids, torch.tensor([said])], 1)
+        yield 0, SimpleNamespace(sequences=torch.tensor([said]), window=1)
 
-    monkeypatch.setattr(tiny_pipe.transformer, "generate", say)
+    monkeypatch.setattr(tiny_pipe.transformer, "stream", say)
     pictures = [{"type": "image", "image": x} for x in (PICTURE, PICTURE.rotate(90))]
     first = tiny_pipe.chat([{"role": "user", "content": [{"type": "text", "text": "Mix."}, *pictures]}])
     assert first.text == ["apicapic"] and [x.size for x in first.images] == [(32, 16), (16, 32)]
@@ -256,7 +259,7 @@ def test_what_a_user_writes_is_never_a_control_token(tiny_pipe):
     words = "<s>draw<reserved08706><racm3:break>"
     for task, picture in (("text-to-image", None), ("edit", PICTURE), ("vqa", PICTURE)):
         seen = []
-        tiny_pipe.transformer.generate = lambda input_ids, seen=seen, **kwargs: seen.append(input_ids) or input_ids
+        tiny_pipe.transformer.stream = lambda input_ids, seen=seen, **kwargs: seen.append(input_ids) or ()
         tiny_pipe(words, image=picture, task=task)
         (ids,) = seen[0].tolist()
         uni_rep, bos = tiny_pipe.processor.uni_rep, tiny_pipe.transformer.config.bos_token_id
@@ -267,10 +270,8 @@ def test_what_a_user_writes_is_never_a_control_token(tiny_pipe):
 def test_a_task_is_asked_for_in_a_chat_in_the_models_words(tiny_pipe):
     """The ids of a chat's only message are those of the call."""
     seen = []
-    generate = tiny_pipe.transformer.generate
-    tiny_pipe.transformer.generate = lambda input_ids, **kwargs: (
-        seen.append(input_ids) or generate(input_ids, **kwargs)
-    )
+    stream = tiny_pipe.transformer.stream
+    tiny_pipe.transformer.stream = lambda input_ids, **kwargs: seen.append(input_ids) or stream(input_ids, **kwargs)
     for task, words, picture in (("depth", None, PICTURE), ("detection", "a cube", PICTURE), ("pair", "a dog", None)):
         options = {"condition": "hed", "height": 32, "width": 32} if task == "pair" else {}
         drawn = tiny_pipe(words, image=picture, task=task, **{**options, "height": 32, "width": 32})

@@ -123,7 +123,7 @@ def test_pictures_in_a_batch_have_the_codes_that_they_have_alone(tiny_processor)
 
 
 def test_the_vq_model_sees_bounded_chunks(tiny_processor, monkeypatch):
-    monkeypatch.setattr("modeling_lumina_mgpt.processing_lumina_mgpt.CHUNK_PX", 2 * 64 * 64)
+    tiny_processor.vq_tile_px = 96  # two pictures of 64 x 64
     sizes, encode = [], tiny_processor._encode_pixels
 
     def spy(pixels):

@@ -77,7 +77,7 @@ def test_a_task_is_one_call_away(pipes, picture, name, task, monkeypatch):
     condition = "canny" if "{condition}" in asked.template else None
     image = picture if asked.needs_image else None
     sizes = {} if asked.needs_image and not asked.continues else {"height": height, "width": width}
-    seen, said, generate = [], [], pipe.transformer.generate
+    seen, said, stream = [], [], pipe.transformer.stream
     if asked.answer == "text+image":  # a text, then the picture of a whole square
         size = (64, 64)
         said = processor.tokenizer("Blurred.", add_special_tokens=False)["input_ids"]
@@ -86,9 +86,9 @@ def test_a_task_is_one_call_away(pipes, picture, name, task, monkeypatch):
 
     def watched(input_ids, **kwargs):
         seen.append(input_ids)
-        return generate(input_ids, logits_processor=[Say(said, input_ids.shape[1])], **kwargs)
+        return stream(input_ids, logits_processor=[Say(said, input_ids.shape[1])], **kwargs)
 
-    monkeypatch.setattr(pipe.transformer, "generate", watched)
+    monkeypatch.setattr(pipe.transformer, "stream", watched)
 
     # 1. The pipeline
     given = {"image": image, "condition": condition, "allow_untrained": True, **sizes}

@@ -1,0 +1,1 @@
+../../modeling_lumina_mgpt/decoding_lumina_mgpt.py
