@@ -4,6 +4,7 @@ Nothing heavy is imported before a command runs. What a user may have got wrong 
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -207,21 +208,26 @@ def train(
     plan: Annotated[bool, typer.Option("--plan", help="Only print the memory that each GPU would need.")] = False,
     gpus: Annotated[int, typer.Option(min=1, help="GPUs to plan for.")] = 1,
     gpu_memory: Annotated[float, typer.Option(min=1, help="GiB of each of them.")] = 80,
+    minutes: Annotated[float | None, typer.Option(help="Of training at most; other than in RECIPE.")] = None,
 ):
     """Train a model by a RECIPE; what was stopped goes on where it was."""
-    from modeling_lumina_mgpt.training import sft, train_vq
+    from modeling_lumina_mgpt.training import chain, sft, train_vq
 
     loaded = sft.load_recipe(recipe)
+    if not isinstance(loaded, sft.SFTRecipe) and plan:
+        raise ValueError(f"{recipe}: what can be planned is of trainer 'sft'")
     if isinstance(loaded, train_vq.VQRecipe):
-        if plan:
-            raise ValueError(f"{recipe}: trainer 'vq'; what can be planned is 'sft'")
+        if minutes is not None:
+            raise ValueError(f"{recipe}: trainer 'vq' has num_steps in place of minutes")
         train_vq.train(loaded)
+    elif isinstance(loaded, chain.ChainRecipe):
+        chain.train(replace(loaded, minutes=minutes or loaded.minutes), recipe.parent)
     elif plan:
         from modeling_lumina_mgpt.training.plan import plan as memory_plan
 
         typer.echo(memory_plan(loaded, gpus, gpu_memory))
     else:
-        sft.train(loaded)
+        sft.train(replace(loaded, max_minutes=minutes or loaded.max_minutes))
 
 
 @app.command()

@@ -89,7 +89,7 @@ def draw_skeletons(
                 draw.line([*start, *end], _hue(i / len(limbs), 0.6), thickness_px)
         for i, (x, y, seen) in enumerate(person.tolist()):
             if seen > 0:
-                draw.circle((x, y), thickness_px, _hue(i / len(person), 1.0))
+                draw.circle((x, y), thickness_px, joint_color(i, len(person)))
     return picture
 
 
@@ -105,6 +105,11 @@ def draw_box(picture: Image.Image, box: Sequence[float]) -> Image.Image:
     drawn = picture.copy()
     ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), outline=BOX_COLOR, width=thickness_px)
     return drawn
+
+
+def joint_color(joint: int, num_joints: int) -> tuple[int, ...]:
+    """Red, green and blue (0 to 255) that `draw_skeletons` gives a joint; limbs are darker."""
+    return _hue(joint / num_joints, 1.0)
 
 
 def _hue(place: float, value: float) -> tuple[int, ...]:

@@ -218,7 +218,7 @@ def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> RBFInterpolator:
     rngs = [random.Random(f"judge/{i}") for i in range(num_scenes)]
     scenes = [sample_scene(rng, size_px, size_px, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
     features, shapes = [], []
-    for image, segmentation, scene in _true_pictures(scenes, size_px, size_px):
+    for image, segmentation, scene in true_pictures(scenes, size_px, size_px):
         for blur in (0.0, 0.8):
             picture = image.filter(ImageFilter.GaussianBlur(blur))
             regions, foreground = find_regions(picture)
@@ -233,9 +233,10 @@ def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> RBFInterpolator:
     return RBFInterpolator(np.stack(features), votes, smoothing=0.03, **likeness)
 
 
-def _true_pictures(
+def true_pictures(
     scenes: Sequence[Scene], width_px: int, height_px: int
 ) -> Iterator[tuple[Image.Image, np.ndarray, Scene]]:
+    """Picture and segmentation (height, width) of each scene."""
     for start in range(0, len(scenes), 32):
         batch = scenes[start : start + 32]
         rendering = render(batch, width_px, height_px, maps=True)
@@ -337,7 +338,7 @@ def validate(examples: Sequence[Example], width_px: int, height_px: int) -> dict
     confusion = {
         kind: {name: dict.fromkeys((*names, "missed"), 0) for name in names} for kind, names in _KINDS.items()
     }
-    pictures = _true_pictures([e.scene for e in examples], width_px, height_px)
+    pictures = true_pictures([e.scene for e in examples], width_px, height_px)
     for example, (image, segmentation, scene) in zip(examples, pictures, strict=True):
         detections = judge(image)
         passed.append(passes(example.caption, detections))

@@ -11,7 +11,7 @@ was stopped, by whatever, continues from its last whole checkpoint when the same
 from copy import deepcopy
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
@@ -43,6 +43,9 @@ from .train_tokenizer import build_tokenizer
 from .train_vq import VQRecipe
 from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, last_checkpoint, pack
 
+if TYPE_CHECKING:
+    from .chain import ChainRecipe
+
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -68,7 +71,7 @@ class SFTRecipe:
         lora: values of `peft.LoraConfig`: train an adapter alone. On attention and MLP unless `target_modules` differ.
         quantization: values of `BitsAndBytesConfig` for the model under the adapter (QLoRA).
         samples: `steps` and `prompts`: as often, draw these into `output_dir/samples` and what is reported to.
-        spike_factor, max_skipped_steps: as in `LuminaMGPTTrainer`.
+        spike_factor, max_skipped_steps, max_minutes, cooldown: as in `LuminaMGPTTrainer`.
         config: values of the model's configuration that are other than in `model`, such as `residual_dropout`.
         generation: defaults written to `generation_config.json`.
 
@@ -92,6 +95,8 @@ class SFTRecipe:
     samples: dict[str, Any] | None = None
     spike_factor: float = 3.0
     max_skipped_steps: int = 10
+    max_minutes: float | None = None
+    cooldown: float = 0.0
     config: dict[str, Any] = field(default_factory=dict)
     generation: dict[str, Any] = field(default_factory=dict)
 
@@ -112,6 +117,10 @@ class SFTRecipe:
             )
         if not 0 <= self.context_drop <= 1:
             raise ValueError(f"context_drop {self.context_drop}: accepted are 0 to 1")
+        if self.max_minutes is not None and not (isinstance(self.max_minutes, int | float) and self.max_minutes > 0):
+            raise ValueError(f"max_minutes {self.max_minutes!r}: accepted are numbers above 0")
+        if not 0 <= self.cooldown <= 1:
+            raise ValueError(f"cooldown {self.cooldown}: accepted are 0 to 1")
         if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):
             raise ValueError(f"pack_tokens {self.pack_tokens!r}: accepted are 1 and more")
         if self.samples is not None and not _are_samples(self.samples):
@@ -176,13 +185,16 @@ def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return {**base, **values, **{name: _merged(base[name], values[name]) for name in both}}
 
 
-def load_recipe(path: str | Path) -> "SFTRecipe | VQRecipe":
+def load_recipe(path: str | Path) -> "SFTRecipe | VQRecipe | ChainRecipe":
     """The recipe in a YAML file, of the kind that its `trainer` says; ValueError that names the file otherwise."""
+    from .chain import ChainRecipe  # which imports this file
+
     values = read_recipe(path)
     trainer = values.pop("trainer", "sft")
-    if trainer not in ("sft", "vq"):
-        raise ValueError(f"{path}: trainer {trainer!r}; accepted are 'vq' and 'sft'")
-    kind: Any = SFTRecipe if trainer == "sft" else VQRecipe
+    kinds: dict[str, Any] = {"vq": VQRecipe, "sft": SFTRecipe, "chain": ChainRecipe}
+    if trainer not in kinds:
+        raise ValueError(f"{path}: trainer {trainer!r}; accepted are {', '.join(kinds)}")
+    kind = kinds[trainer]
     try:
         return kind(**values)
     except TypeError as error:
@@ -206,7 +218,7 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
     palette = [[name, *(round(255 * value) for value in color)] for name, color in SEGMENT_COLORS.items()]
     image_processor = LuminaMGPTImageProcessor(palette=palette)
-    processor = LuminaMGPTProcessor(image_processor, tokenizer, **shape["processor"])
+    processor = LuminaMGPTProcessor(image_processor, tokenizer, trained_tasks=[], **shape["processor"])
     config = LuminaMGPTConfig(
         vocab_size=len(tokenizer) - 1,
         bos_token_id=tokenizer.bos_token_id,
@@ -296,6 +308,8 @@ def train(recipe: SFTRecipe) -> None:
         peft_config=adapter,
         spike_factor=recipe.spike_factor,
         max_skipped_steps=recipe.max_skipped_steps,
+        max_minutes=recipe.max_minutes,
+        cooldown=recipe.cooldown,
         extra_metrics=lambda: _judged(pipe, recipe.judge_per_category),
     )
     _add_samples(trainer, pipe, recipe)
@@ -342,6 +356,7 @@ def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path)
     processor.target_px = model.config.default_height_px = model.config.default_width_px = mixture.target_px
     if processor.trained_tasks is not None:
         tasks = {source.task for source in mixture.sources} & TASKS.keys()
+        tasks |= {"complete"} if "text-to-image" in tasks else set()  # which begins in the middle
         processor.trained_tasks = sorted({*processor.trained_tasks, *tasks})
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)

@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn import functional as F
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
@@ -158,11 +159,14 @@ class LuminaMGPTTrainer(SFTTrainer):
         eval_collator: of the evaluation's data; the training's would drop contexts.
         spike_factor: a step whose loss is above so many times the median of those logged before is left out.
         max_skipped_steps: after so many steps in a row that were left out, the run ends.
+        max_minutes: of training, after which the run ends; all of its sessions together, without evaluations.
+        cooldown: the last share of the run, of its steps or its minutes, in which the learning rate falls to zero,
+            evenly, after a warm-up and a constant middle; 0: as the arguments' scheduler has it.
         extra_metrics: called after each evaluation; its numbers are logged with it.
 
     Logged besides stock's, over all processes and exact to the token: `loss` and `loss_<task>` (nats a predicted
     token, the z-loss's share included in `loss` only), `z_loss`, `predicted_tokens` a step, `tokens_per_second`,
-    `mfu` (FLOPs that the model needs, of those that the device can do) and `skipped_steps`.
+    `mfu` (FLOPs that the model needs, of those that the device can do), `minutes` so far and `skipped_steps`.
 
     Raises:
         Diverged: after `max_skipped_steps`.
@@ -177,6 +181,8 @@ class LuminaMGPTTrainer(SFTTrainer):
         eval_collator: Collator | None = None,
         spike_factor: float = 3.0,
         max_skipped_steps: int = 10,
+        max_minutes: float | None = None,
+        cooldown: float = 0.0,
         extra_metrics: Callable[[], dict[str, float]] = dict,
         **kwargs,
     ):
@@ -186,6 +192,7 @@ class LuminaMGPTTrainer(SFTTrainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.eval_collator = eval_collator or self.data_collator
         self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
+        self.max_minutes, self.cooldown, self._minutes = max_minutes, cooldown, 0.0
         self.extra_metrics = extra_metrics
         self.tasks = self.data_collator.tasks
         self._order = torch.Generator()  # of grouped lengths
@@ -208,27 +215,30 @@ class LuminaMGPTTrainer(SFTTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def _zeros(self) -> Tensor:
-        """(tasks + 1, 3): cross-entropy, z-loss, predicted tokens; in the last row all tokens, and pairs of them."""
-        return torch.zeros(len(self.tasks) + 1, 3, device=self.args.device)
+        """(tasks + 2, 3): of each task cross-entropy, z-loss and predicted tokens; then all tokens, and pairs of them;
+        then processes, those that were told to stop, and their minutes."""
+        return torch.zeros(len(self.tasks) + 2, 3, device=self.args.device)
 
     def _add(self, inputs: dict[str, Tensor], outputs) -> None:
         tasks = inputs["task_ids"]  # (batch, length)
         predicted = F.pad(inputs["labels"], (0, 1), value=IGNORED_LABEL)[:, 1:] != IGNORED_LABEL
         values = torch.stack([outputs.cross_entropy, outputs.z_losses, predicted.float()], -1)  # (batch, length, 3)
         self._sums.index_add_(0, tasks.clamp(min=0).flatten(), values.flatten(0, 1))
-        self._sums[-1, 0] += (tasks >= 0).sum()
-        self._sums[-1, 1] += inputs["attended"].sum()
+        self._sums[-2, 0] += (tasks >= 0).sum()
+        self._sums[-2, 1] += inputs["attended"].sum()
 
     # The step: what counts, and whether it may change the weights
 
     def _get_grad_norm(self, model, grad_norm=None):
         """As in stock, which calls it once a step, just before the optimizer's."""
         norm = super()._get_grad_norm(model, grad_norm)
-        self._sums[-1, 2] = self._told_to_stop
+        self._sums[-1] = torch.tensor([1.0, self._told_to_stop, self._minutes_so_far()])
         totals = self.accelerator.reduce(self._sums, "sum").cpu()
         self._sums = self._zeros()
-        if totals[-1, 2]:  # all processes stop after the same step
-            self._told_to_stop = self.control.should_save = self.control.should_training_stop = True
+        num_processes, num_told, minutes = totals[-1].tolist()
+        self._told_to_stop, self._minutes = num_told > 0, minutes / num_processes  # the same in all processes
+        if self._told_to_stop or self._is_time_up():
+            self.control.should_save = self.control.should_training_stop = True
         step = self._named(totals)
         trouble = self._trouble(step["loss"] / max(step["predicted_tokens"], 1), float(norm))
         if trouble is None:
@@ -241,12 +251,12 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     def _named(self, totals: Tensor) -> dict[str, float]:
         """Sums by the names they are logged under."""
-        cross_entropy, z_loss, predicted = totals[:-1].sum(0).tolist()
+        cross_entropy, z_loss, predicted = totals[:-2].sum(0).tolist()
         loss = cross_entropy + self.model.config.z_loss_weight * z_loss
-        tokens, pairs, _ = totals[-1].tolist()
+        tokens, pairs, _ = totals[-2].tolist()
         named = {"steps": 1, "loss": loss, "z_loss": z_loss}
         named |= {"predicted_tokens": predicted, "tokens": tokens, "pairs": pairs}
-        for task, (own, _, count) in zip(self.tasks, totals[:-1].tolist(), strict=True):
+        for task, (own, _, count) in zip(self.tasks, totals[:-2].tolist(), strict=True):
             if count:
                 named |= {f"loss_{task}": own, f"count_{task}": count}
         return named
@@ -275,6 +285,29 @@ class LuminaMGPTTrainer(SFTTrainer):
                 f"lower the learning rate; the last whole checkpoint: {last}"
             )
 
+    # The time
+
+    def _minutes_so_far(self) -> float:
+        """Of training, in this session and those before, which are in the log that a checkpoint has."""
+        logged = [entry["minutes"] for entry in self.state.log_history if "minutes" in entry]
+        return (logged[-1] if logged else 0.0) + (time.perf_counter() - self._window_start) / 60
+
+    def _is_time_up(self) -> bool:
+        return self.max_minutes is not None and self._minutes >= self.max_minutes
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """As in stock, or with a cooldown, which knows the clock."""
+        if not self.cooldown:
+            return super().create_scheduler(num_training_steps, optimizer)
+
+        def factor(step: int) -> float:
+            done = max(step / num_training_steps, self._minutes / (self.max_minutes or math.inf))
+            warm_up = (step + 1) / max(self.args.get_warmup_steps(num_training_steps), 1)
+            return max(0.0, min(1.0, warm_up, (1 - done) / self.cooldown))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
     # The log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -283,10 +316,11 @@ class LuminaMGPTTrainer(SFTTrainer):
         super().log(logs, start_time)
 
     def _take_window(self) -> dict[str, float]:
-        seconds = time.perf_counter() - self._window_start
+        seconds, minutes = time.perf_counter() - self._window_start, self._minutes_so_far()
         window, self._window, self._window_start = self._window, defaultdict(float), time.perf_counter()
         found = _means(window)
         if window["steps"]:
+            found["minutes"] = minutes
             found["predicted_tokens"] = window["predicted_tokens"] / window["steps"]
             found["tokens_per_second"] = window["tokens"] / seconds
             found["mfu"] = self._flops(window) / seconds / self._peak_flops
@@ -354,7 +388,8 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         """As in stock, which would take one more step of a run that had ended within an epoch."""
-        if self.state.global_step < self.state.max_steps:
+        self._minutes = self._minutes_so_far()
+        if self.state.global_step < self.state.max_steps and not self._is_time_up():
             super()._run_epoch(*args, **kwargs)
         else:
             self.control.should_training_stop = True
@@ -377,7 +412,8 @@ class LuminaMGPTTrainer(SFTTrainer):
             output = super().train(*args, resume_from_checkpoint=resume, **kwargs)
         finally:
             signal.signal(signal.SIGTERM, before)
-        if self._told_to_stop and self.state.global_step < self.state.max_steps:
+        is_over = self._is_time_up() or self.state.global_step >= self.state.max_steps
+        if self._told_to_stop and not is_over:
             raise Stopped(128 + signal.SIGTERM)
         return output
 
