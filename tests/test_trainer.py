@@ -274,6 +274,19 @@ def test_a_run_that_stays_broken_ends_with_its_last_checkpoint(make_trainer):
         trainer.train()
 
 
+def test_a_run_ends_when_its_minutes_are_over_and_cools_down_before(make_trainer, monkeypatch):
+    options = {"max_minutes": 8, "cooldown": 0.5}
+    trainer = make_trainer(max_steps=100, save_steps=6, options=options)
+    monkeypatch.setattr(trainer, "_minutes_so_far", lambda: trainer.state.global_step + 1.0)
+    trainer.train()
+    assert trainer.state.global_step == 8
+    rates = [rate / 1e-2 for rate in logged(trainer, "learning_rate")]
+    assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    again = make_trainer(max_steps=100, options=options)
+    again.train()  # the log knows how long it was
+    assert again.state.global_step == 8 and same(weights(trainer), weights(again))
+
+
 def test_evaluation_counts_tokens_and_drops_no_context(make_trainer, records):
     options = {"eval_dataset": records, "extra_metrics": lambda: {"judge_overall": 0.5}}
     trainer = make_trainer(context_drop=1.0, options=options, per_device_eval_batch_size=5)

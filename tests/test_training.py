@@ -249,7 +249,9 @@ def test_recipes_can_be_read(path):
         ({"model": None, "from_scratch": {"lik": "x"}}, "from_scratch .'lik'.: accepted are config, processor"),
         ({"evaluation": {"px": 64}}, "evaluation: .*'px'"),
         ({"nonsense": 1}, "nonsense.*accepted are output_dir, mixture"),
-        ({"trainer": "rl"}, "trainer 'rl'; accepted are 'vq' and 'sft'"),
+        ({"trainer": "rl"}, "trainer 'rl'; accepted are vq, sft, chain"),
+        ({"max_minutes": 0}, "max_minutes 0: accepted are numbers above 0"),
+        ({"cooldown": 2}, "cooldown 2: accepted are 0 to 1"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):
