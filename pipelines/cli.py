@@ -263,8 +263,10 @@ def tokenize(
 
 @app.command()
 def evaluate(
-    output_dir: Annotated[Path, typer.Option(help="Where scores.json and contact_sheet.png go.")] = Path("scores"),
+    output_dir: Annotated[Path, typer.Option(help="Where the scores and contact sheets go.")] = Path("scores"),
     num_per_category: Annotated[int, typer.Option(min=1, help="Sentences in each of the six categories.")] = 50,
+    all_tasks: Annotated[bool, typer.Option("--all", help="Score every task; what was stopped goes on.")] = False,
+    num_cases: Annotated[int, typer.Option(min=2, help="With --all, cases of each task.")] = 200,
     size: Size = None,
     seed: Annotated[int, typer.Option(help="Chooses the sentences.")] = 0,
     guidance_scale: Guidance = None,
@@ -272,10 +274,18 @@ def evaluate(
     model: Model = None,
     lora: Lora = None,
 ):
-    """Draw held-out sentences of the Tabletop world and judge the pictures."""
+    """Draw held-out sentences of the Tabletop world and judge the pictures; or score every task."""
+    options: dict[str, Any] = {"seed": seed, **_size(size)}
+    if all_tasks:
+        if guidance_scale is not None or best_of > 1:
+            raise ValueError("--all takes neither guidance-scale nor best-of: it scores the checkpoint's own settings")
+        from modeling_lumina_mgpt.training.scoreboard import run_scoreboard
+
+        run_scoreboard(_load(model, lora), output_dir, num_cases, **options)
+        return
     from modeling_lumina_mgpt.training.evaluate import run_evaluation
 
-    options: dict[str, Any] = {"seed": seed, "guidance_scale": guidance_scale, "best_of": best_of, **_size(size)}
+    options |= {"guidance_scale": guidance_scale, "best_of": best_of}
     run_evaluation(_load(model, lora), output_dir, num_per_category, **options)
 
 
