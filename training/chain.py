@@ -14,6 +14,9 @@ from typing import Any
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 from . import sft, train_vq
+from .card import write_card
+from .scoreboard import run_scoreboard
+from .trainer import last_checkpoint
 
 FINISHED = "finished.json"
 
@@ -69,7 +72,13 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
             sft.train(recipe)
         finished.append(name)
         path.write_text(json.dumps(finished) + "\n")
-    from .scoreboard import run_scoreboard
-
     pipe = LuminaMGPTPipeline.from_pretrained(recipe.output_dir)
-    run_scoreboard(pipe, path.with_name("scores"), chain.num_cases)
+    run_scoreboard(pipe, scores := path.with_name("scores"), chain.num_cases)
+    decoders = {stage.output_dir: _minutes(stage) for stage in recipes.values() if isinstance(stage, sft.SFTRecipe)}
+    write_card(pipe, scores, {Path(folder).name: spent for folder, spent in decoders.items()}, recipe.output_dir)
+
+
+def _minutes(recipe: sft.SFTRecipe) -> float:
+    """That its training has taken, as its last checkpoint says."""
+    state = Path(last_checkpoint(Path(recipe.output_dir) / "trainer") or "") / "trainer_state.json"
+    return max(entry.get("minutes", 0.0) for entry in json.loads(state.read_text())["log_history"])
