@@ -58,7 +58,7 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
     """
     path = Path(chain.output_dir) / FINISHED
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipes = {stage["recipe"]: sft.load_recipe(Path(folder) / stage["recipe"]) for stage in chain.stages}
+    recipes = {stage["recipe"]: _stage(Path(folder) / stage["recipe"]) for stage in chain.stages}
     finished = json.loads(path.read_text()) if path.exists() else []
     for stage in chain.stages:
         name, recipe = stage["recipe"], recipes[stage["recipe"]]
@@ -76,6 +76,13 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
     run_scoreboard(pipe, scores := path.with_name("scores"), chain.num_cases)
     decoders = {stage.output_dir: _minutes(stage) for stage in recipes.values() if isinstance(stage, sft.SFTRecipe)}
     write_card(pipe, scores, {Path(folder).name: spent for folder, spent in decoders.items()}, recipe.output_dir)
+
+
+def _stage(path: Path) -> sft.SFTRecipe | train_vq.VQRecipe:
+    recipe = sft.load_recipe(path)
+    if isinstance(recipe, ChainRecipe):
+        raise ValueError(f"{path}: a chain within a chain; accepted are trainers 'vq' and 'sft'")
+    return recipe
 
 
 def _minutes(recipe: sft.SFTRecipe) -> float:

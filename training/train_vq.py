@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -165,9 +166,7 @@ def project_patches(model: VQModel, patches: torch.Tensor, weights: torch.Tensor
     return points
 
 
-def _lead_past_norm(
-    encoder: torch.nn.Module, conv: torch.nn.Conv2d, kernel: torch.Tensor, mean: torch.Tensor, energy: torch.Tensor
-) -> None:
+def _lead_past_norm(encoder: Any, conv: Any, kernel: torch.Tensor, mean: torch.Tensor, energy: torch.Tensor) -> None:
     """Makes `conv`, the final norm, SiLU and the last convolution of the encoder give `kernel`'s components.
 
     Each goes through with both signs, and these are taken from each other: silu(y) - silu(-y) = y. In each of the
