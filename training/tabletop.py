@@ -256,17 +256,16 @@ def _with_subject(rng: random.Random, size: tuple[int, int], split: str, scene: 
 
 
 def _talk(rng: random.Random, size: tuple[int, int], scene: Scene) -> Plan:
-    """Two or three questions of different kinds about one picture."""
-    kinds = [kind for kind in rng.sample(list(QUESTIONS), len(QUESTIONS)) if questions(scene, kind)]
-    kinds = kinds[: rng.choice((2, 3))]
-    turns = [turn for kind in kinds if (turn := sample_question(scene, kind, rng))]
-    return Plan(size, (scene,), {"conversations": _messages(turns, "<image>\n")}, tuple(kinds))
+    """Up to eight questions about one picture, which stands before or after the first of them."""
+    kinds = rng.choices([kind for kind in QUESTIONS if questions(scene, kind)], k=rng.randint(3, 8))
+    turns = dict(turn for kind in kinds if (turn := sample_question(scene, kind, rng)))
+    messages = _messages([*turns.items()])
+    messages[0]["value"] = rng.choice(("<image>\n{}", "{} <image>")).format(messages[0]["value"])
+    return Plan(size, (scene,), {"conversations": messages}, tuple(kinds))
 
 
-def _messages(turns: Sequence[tuple[str, str]], opening: str = "") -> list[dict[str, str]]:
-    messages = [message for q, a in turns for message in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
-    messages[0]["value"] = opening + messages[0]["value"]
-    return messages
+def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
+    return [message for q, a in turns for message in ({"from": "human", "value": q}, {"from": "gpt", "value": a})]
 
 
 def _pose_picture(rendering: Rendering, rows: range, plan: Plan) -> Image.Image | None:
