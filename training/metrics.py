@@ -254,18 +254,14 @@ class State:
 def edit(before: State, after: State, picture: Image.Image) -> Values:
     """Whether the judge finds what is new or changed and nothing in its old place, all else where it was, and both.
 
-    Found is an object of the right shape and color with a box IoU of 0.5 or more. PSNR is of the pixels that are 8 px
-    away from any that the true edit changes.
+    A detection stands for the object of its shape and color that it covers best, with a box IoU of 0.5 or more. PSNR
+    is of the pixels that are 8 px away from any that the true edit changes.
     """
-    seen, found = judge(picture), {}
-    for o, box in after.boxes.items():
-        best = max((d for d in seen if _is_there(o, box, d)), key=lambda d: box_iou(d.box, box), default=None)
-        found[o] = best is not None
-        seen = [d for d in seen if d is not best]
-    old = [(o, box) for o, box in before.boxes.items() if o not in after.boxes]
-    is_gone = not any(_is_there(o, box, d) for o, box in old for d in seen)
-    done = is_gone and all(found[o] for o in after.boxes if o not in before.boxes)
-    rest = all(found[o] for o in after.boxes if o in before.boxes)
+    places = before.boxes | after.boxes
+    found = {_best_covered(places, d) for d in judge(picture)}
+    is_gone = not any(o in found for o in before.boxes if o not in after.boxes)
+    done = is_gone and all(o in found for o in after.boxes if o not in before.boxes)
+    rest = all(o in found for o in after.boxes if o in before.boxes)
     values: Values = {
         "done": float(done),
         "rest untouched": float(rest),
@@ -276,8 +272,10 @@ def edit(before: State, after: State, picture: Image.Image) -> Values:
     return values | ({"PSNR outside": psnr(after.picture, picture, outside)} if outside.any() else {})
 
 
-def _is_there(o: SceneObject, box: Box, seen: Detection) -> bool:
-    return (seen.shape, seen.color) == (o.shape, o.color) and box_iou(seen.box, box) >= 0.5
+def _best_covered(places: dict[SceneObject, Box], seen: Detection) -> SceneObject | None:
+    alike = [o for o in places if (o.shape, o.color) == (seen.shape, seen.color)]
+    best = max(alike, key=lambda o: box_iou(places[o], seen.box), default=None)
+    return best if best and box_iou(places[best], seen.box) >= 0.5 else None
 
 
 def subject(words: str, pictures: Sequence[Image.Image]) -> Values:

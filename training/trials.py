@@ -117,10 +117,9 @@ class Board:
         records = TabletopSource(task, [self.size], self.seed, "train", NUM_MAPS).fetch(range(NUM_MAPS))
         return Image.fromarray(np.mean([np.asarray(r[task]) for r in records], 0).round().astype(np.uint8))
 
-    def through_vq(self, pictures: Sequence[Image.Image]) -> list[Image.Image]:
-        """Pictures as the VQ model gives them back."""
-        codes = [self.processor.encode_images([picture], size=picture.size)[0] for picture in pictures]
-        return self.processor.decode_images(codes)
+    def through_vq(self, pictures: list[Image.Image]) -> list[Image.Image]:
+        """Pictures of one size as the VQ model gives them back."""
+        return self.processor.decode_images(self.processor.encode_images(pictures, size=pictures[0].size))
 
     def ask(self, task: str, prompts: list[str] | None = None, images: list | None = None, **options) -> list[Answer]:
         """The pipeline's answers, in batches; options are for all cases, or lists with one for each."""
@@ -189,6 +188,8 @@ def sizes(board: Board) -> Trials:
     answers: dict[str, list] = {column: [] for column in COLUMN_NAMES}
     shown = []
     for size in IMAGE_SIZES:
+        if any(px % uni_rep.size_unit_px for px in size):
+            continue
         trials = _sentences(board, held_out_examples(_per_category(board), *size, board.seed), size)
         name = f"overall, {size[0]}x{size[1]}" + ("" if size in buckets else " (between buckets)")
         cases += [(name, example) for example in trials.cases]
@@ -209,9 +210,8 @@ def curves(board: Board) -> Trials:
             drawn = board.ask("text-to-image", sentences, **options)
             cases += [(f"{setting} {value:g}", example) for example in examples]
             ours += [answer.picture for answer in drawn]
-        shown.append(
-            (f"{setting} {', '.join(f'{v:g}' for v in values)}", ours[-len(drawn) * len(values) :: len(drawn)])
-        )
+        first = ours[-len(values) * len(examples) :: len(examples)]
+        shown.append((f"{setting} {', '.join(f'{value:g}' for value in values)}", first))
     return Trials(cases, _draws_case, {"ours": ours}, (), shown)
 
 
