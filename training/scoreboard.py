@@ -114,7 +114,10 @@ def _opened(folder: Path, pipe: "LuminaMGPTPipeline", asked: dict) -> dict:
 def _sampling(pipe: "LuminaMGPTPipeline") -> dict:
     names = (f"{phase}{name}" for phase in ("", "image_", "text_") for name in ("top_k", "temperature"))
     config = pipe.transformer.generation_config
-    return {name: getattr(config, name, None) for name in (*names, "guidance_scale", "do_sample", "decoding")}
+    return {
+        name: getattr(config, name, None)
+        for name in (*names, "guidance_scale", "image_to_image", "do_sample", "decoding")
+    }
 
 
 def _digest(pipe: "LuminaMGPTPipeline") -> str:
