@@ -10,7 +10,7 @@ import math
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from itertools import count
@@ -395,6 +395,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         inputs = self.processor.apply_chat_template(messages, tokenize=True, return_dict=True, **begun)
         inputs = inputs.to(self._execution_device)
         generate_kwargs["num_return_sequences"] = 1
+        parts = [part for message in messages for part in message["content"] if not isinstance(part, str)]
+        if any(part["type"] == "image" for part in parts):
+            generate_kwargs = {**self.sampling_after_images(generate_kwargs), **generate_kwargs}
         watch = callback_on_step_end, callback_on_step_end_tensor_inputs
         ((_, row, window),) = self._generate(inputs, 1, 1, *watch, **generate_kwargs)
         if upper_rows is not None:
@@ -468,6 +471,17 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             cache=self._cache_bytes(batch, num_tokens, [guidance_scale]),
             vq_decode=self.processor.decode_bytes(rows, cols, batch),
         )
+
+    def sampling_after_images(self, given: Iterable[str] = ()) -> dict[str, Any]:
+        """How answers to pictures are sampled, where that differs: `image_to_image` of the `generation_config`.
+
+        Such an answer is often sure, where one to words alone has much to choose from. The paper, too, differs.
+
+        Args:
+            given: names of a call's own sampling; a `top_k` or `temperature` stands for that of images as well.
+        """
+        own = getattr(self.transformer.generation_config, "image_to_image", None) or {}
+        return {name: value for name, value in own.items() if name.removeprefix("image_") not in {*given} - {name}}
 
     def _modules_here(self) -> list[torch.nn.Module]:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
@@ -697,6 +711,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         if any(request.negative_prompt for request in requests):
             kwargs |= self._encode_negative_prompts(task, requests)
         sampling = {name: [request.sampling[name] for request in requests] for name in requests[0].sampling}
+        if self.processor.tasks[task].needs_image and not self.processor.tasks[task].continues:
+            for name, value in self.sampling_after_images(sampling).items():
+                own = sampling.get(name, [None] * len(requests))
+                sampling[name] = [value if given is None else given for given in own]
         answer, uni_rep = self.processor.tasks[task].answer, self.processor.uni_rep
         if answer == "image":  # such an answer ends with its picture
             kwargs.setdefault("eos_token_id", [uni_rep.end_id, uni_rep.end_of_turn_id])

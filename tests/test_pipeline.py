@@ -361,3 +361,24 @@ def test_offloaded_components_draw_the_same(tiny_pipe):
     images += [tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images for _ in range(2)]
     assert all(torch.equal(images[0], codes) for codes in images)
     assert tiny_pipe.transformer.device.type == "cpu"
+
+
+def test_answers_to_pictures_have_sampling_of_their_own(tiny_pipe):
+    config = tiny_pipe.transformer.generation_config
+    config.guidance_scale, config.image_top_k = 3.0, 50
+
+    def drawn(**sampling):
+        asked = {"image": PICTURE, "generator": seeded(), "output_type": "latent"}
+        return tiny_pipe("a", **asked, **sampling).images[0]
+
+    def said(**sampling):
+        content = [{"type": "image", "image": PICTURE}, {"type": "text", "text": "a"}]
+        asked = {"height": 32, "width": 32, "generator": seeded(), "max_new_tokens": 40}
+        return tiny_pipe.chat([{"role": "user", "content": content}], **asked, **sampling).messages[-1]["input_ids"]
+
+    own, greedy = {"guidance_scale": 3.0, "image_top_k": 50}, {"guidance_scale": 1.0, "image_top_k": 1}
+    expected = {answer: (answer(**own), answer(**greedy)) for answer in (drawn, said)}
+    config.image_to_image = greedy
+    for answer, (as_own, as_greedy) in expected.items():
+        assert not same(as_own, as_greedy) and same(answer(), as_greedy) and same(answer(**own), as_own)
+        assert same(answer(guidance_scale=3.0, top_k=50), answer(**own, text_top_k=50))

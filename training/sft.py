@@ -136,7 +136,8 @@ class SFTRecipe:
             raise ValueError(f"from_scratch {sorted(self.from_scratch)}: accepted are {', '.join(sorted(shape))}")
         if unknown := self.config.keys() - LuminaMGPTConfig.__dataclass_fields__.keys():
             raise ValueError(f"config {sorted(unknown)}: accepted are the fields of LuminaMGPTConfig")
-        if unknown := self.generation.keys() - {*GenerationConfig().to_dict(), *DecodingSettings.__dataclass_fields__}:
+        known = {*GenerationConfig().to_dict(), *DecodingSettings.__dataclass_fields__, "image_to_image"}
+        if unknown := self.generation.keys() - known:
             raise ValueError(f"generation {sorted(unknown)}: accepted are what `generate` takes")
         for name, values in (("mixture", self.mixture), ("evaluation", self.evaluation)):
             if values is not None:
