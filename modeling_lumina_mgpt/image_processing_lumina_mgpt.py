@@ -19,7 +19,7 @@ from .uni_rep import best_bucket, is_whole
 
 MAX_SIDES_RATIO = 100  # beyond it a strip of a few pixels would be blown up to gigabytes
 URL_TIMEOUT_S = 30
-BOX_CONTRAST = 0.25  # change of a pixel, in [0, 1], that counts as drawn
+BOX_CONTRAST = 0.15  # change of a pixel, in [0, 1], that counts as drawn
 ACCEPTED = "a PIL image, a path, a URL, bytes, a uint8 or [0, 1] float array (numpy HWC or HW, torch CHW or HW)"
 
 

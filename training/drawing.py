@@ -101,7 +101,8 @@ def draw_box(picture: Image.Image, box: Sequence[float]) -> Image.Image:
         raise ValueError(
             f"box {[left, top, right, bottom]} in {picture.width}x{picture.height} px: too small to be drawn"
         )
-    thickness_px = max(1, min(round(max(picture.size) / 160), (right - left) // 4, (bottom - top) // 4))
+    thickest_px = min(right - left, bottom - top) // 8  # of 2 pixels at least, which survive a VQ model
+    thickness_px = max(1, min(max(2, round(max(picture.size) / 160)), thickest_px))
     drawn = picture.copy()
     ImageDraw.Draw(drawn).rectangle((left, top, right - 1, bottom - 1), outline=BOX_COLOR, width=thickness_px)
     return drawn
