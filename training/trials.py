@@ -143,7 +143,7 @@ class Board:
         if size:
             uni_rep = self.processor.uni_rep
             options = {"width": size[0], "height": size[1], "eos_token_id": [uni_rep.end_id, uni_rep.end_of_turn_id]}
-            options |= getattr(self.pipe.transformer.generation_config, "image_to_image", None) or {}  # as in `chat`
+            options |= self.pipe.sampling_after_images()  # as `chat` has it
         rows = self.pipe.transformer.stream(
             **inputs.to(self.pipe.device),
             batch_size=BATCH_SIZE,
