@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-from modeling_lumina_mgpt.training import train_vq
+from modeling_lumina_mgpt.training import chain, train_vq
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.sft import SFTRecipe, load_recipe, lora_config, sft_config, train
 from modeling_lumina_mgpt.training.tasks import ADAPTERS
@@ -315,3 +316,51 @@ def test_psnr_and_ssim_of_known_pictures():
     picture = torch.rand(2, 3, 16, 16) * 2 - 1
     assert train_vq.psnr(picture + 0.2, picture) == pytest.approx(20.0, abs=1e-3)
     assert train_vq.ssim(picture, picture) == pytest.approx(1.0)
+
+
+@pytest.fixture
+def chained(recipe, start, tmp_path, monkeypatch):
+    """Runs a chain of two stages of which each gets half of the minutes; what is trained and scored is written down."""
+    for name, model in (("first", start), ("second", str(tmp_path / "first"))):
+        stage = recipe(name, model=model, max_steps=1)
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asdict(stage)))
+    done = []
+
+    def noted(stage):
+        done.append((Path(stage.output_dir).name, stage.max_minutes))
+        train(stage)
+
+    monkeypatch.setattr(chain.sft, "train", noted)
+    monkeypatch.setattr(chain, "run_scoreboard", lambda pipe, folder, num_cases: done.append(("scores", num_cases)))
+    monkeypatch.setattr(chain, "write_card", lambda pipe, scores, minutes, folder: done.append((folder, [*minutes])))
+
+    def run(minutes):
+        stages = [{"recipe": "first.yaml", "share": 0.5}, {"recipe": "second.yaml", "share": 0.5}]
+        chain.train(chain.ChainRecipe(str(tmp_path / "chain"), stages, minutes, num_cases=3), tmp_path)
+        return [done.pop(0) for _ in [*done]]
+
+    return run
+
+
+def test_a_chain_trains_what_is_left_and_scores_the_last(chained, tmp_path):
+    last = [("scores", 3), (str(tmp_path / "second"), ["first", "second"])]
+    assert chained(8) == [("first", 4), ("second", 4), *last]
+    assert chained(8) == last
+    (tmp_path / "chain" / "finished.json").write_text('["first.yaml"]')
+    assert chained(2) == [("second", 1), *last]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"stages": []}, r"stages \[\]"),
+        ({"stages": [{"recipe": "a.yaml", "share": 0.5}]}, "shares that are 1 together"),
+        ({"stages": [{"recipe": "a.yaml", "part": 1}]}, "a `recipe` and perhaps a `share`"),
+        ({"minutes": 0}, "minutes 0: accepted are numbers above 0"),
+    ],
+)
+def test_what_a_chain_cannot_be_is_an_error(tmp_path, values, says):
+    right = {"trainer": "chain", "output_dir": "x", "minutes": 1, "stages": [{"recipe": "a.yaml", "share": 1}]}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump({**right, **values}))
+    with pytest.raises(ValueError, match=f"chain.yaml: .*{says}"):
+        load_recipe(tmp_path / "chain.yaml")
