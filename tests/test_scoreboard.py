@@ -1,15 +1,18 @@
 """The scoreboard measures what it says: the truth scores best, and each kind of error costs what it should."""
 
 import json
+import re
 from functools import partial
 
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training import metrics, scoreboard, trials
+from modeling_lumina_mgpt.training.card import HEADLINES, write_card
 from modeling_lumina_mgpt.training.evaluate import Detection, true_pictures
 from modeling_lumina_mgpt.training.tabletop import TabletopSource
 from modeling_lumina_mgpt.training.trials import Board
@@ -175,6 +178,16 @@ def test_every_task_is_scored_and_what_is_scored_is_kept(score, long_pipe, tmp_p
     assert (tmp_path / "curves.png").exists()
     table = (tmp_path / "scoreboard.md").read_text()
     assert table in capsys.readouterr().out and "| depth | AbsRel ↓ | 2 |" in table and "curves" not in table
+    (tmp_path / "model").mkdir()
+    write_card(long_pipe, tmp_path, {"fp_sft_64": 40.4, "omni_sft": 20.0}, tmp_path / "model")
+    card = ModelCard.load(tmp_path / "model" / "README.md")
+    headlines = {(result.metric_name, round(result.metric_value, 3)) for result in card.data.eval_results}
+    depth = {score["metric"]: score["ours"]["value"] for score in report["tasks"]["depth"]["scores"]}
+    assert 0 < len(headlines) <= len(HEADLINES) and ("depth: delta1", round(depth["delta1"], 3)) in headlines
+    assert card.data.license == "apache-2.0" and table in card.content and "| fp_sft_64 | 40 |" in card.content
+    pictures = set(re.findall(r"\((pictures/.*?)\)", card.content))
+    assert len(pictures) == len(trials.SCORED) + 1 and all((tmp_path / "model" / name).exists() for name in pictures)
+
     monkeypatch.setattr(Board, "ask", None)
     assert score() == report
     with pytest.raises(ValueError, match="seed 0, this is 1: take another output_dir"):

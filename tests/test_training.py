@@ -320,7 +320,7 @@ def test_psnr_and_ssim_of_known_pictures():
 
 @pytest.fixture
 def chained(recipe, start, tmp_path, monkeypatch):
-    """Runs a chain of two stages of which each gets half of the minutes; what is trained and scored is written down."""
+    """Runs a chain of two stages, each with half of the minutes; gives what was trained and scored."""
     for name, model in (("first", start), ("second", str(tmp_path / "first"))):
         stage = recipe(name, model=model, max_steps=1)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asdict(stage)))

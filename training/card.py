@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 TEMPLATE = Path(__file__).parent.parent / "model_cards" / "tabletop.md"
 HEADLINES = {  # metrics for the Hub: task, as the scoreboard calls it -> metric -> the Hub's task and metric
     ("text-to-image", "overall"): ("text-to-image", "geneval"),
-    ("caption", "object precision"): ("image-to-text", "precision"),
-    ("caption", "object recall"): ("image-to-text", "recall"),
+    ("caption", "objects, precision"): ("image-to-text", "precision"),
+    ("caption", "objects, recall"): ("image-to-text", "recall"),
     ("vqa", "accuracy"): ("visual-question-answering", "accuracy"),
     ("depth", "delta1"): ("depth-estimation", "delta1"),
     ("normal", "mean angle"): ("image-to-image", "mean_angle"),
     ("segmentation", "mIoU"): ("image-segmentation", "mean_iou"),
     ("pose", "PCK@0.2"): ("keypoint-detection", "pck"),
     ("detection", "box IoU"): ("object-detection", "iou"),
+    ("edit", "done and rest untouched, turn 1"): ("image-to-image", "accuracy"),
     ("restore", "PSNR"): ("image-to-image", "psnr"),
 }
 SENTENCES = (
@@ -79,12 +80,10 @@ def _metadata(report: dict) -> ModelCardData:
     results = []
     for task, result in report["tasks"].items():
         for score in result["scores"]:
-            kind = HEADLINES.get((task, score["metric"]))
-            if kind is not None:
-                value, name = round(score["ours"]["value"], 4), f"{task}: {score['metric']}"
-                results.append(
-                    EvalResult(kind[0], "tabletop", "Tabletop, test split", kind[1], value, metric_name=name)
-                )
+            kind, value = HEADLINES.get((task, score["metric"])), score["ours"]["value"]
+            if kind is not None and value is not None:  # precision of nothing said is none
+                data, name = ("tabletop", "Tabletop, test split"), f"{task}: {score['metric']}"
+                results.append(EvalResult(kind[0], *data, kind[1], round(value, 4), metric_name=name))
     return ModelCardData(
         model_name="lumina-mgpt-tabletop",
         library_name="transformers",
