@@ -88,22 +88,24 @@ def test_mistakes_are_one_line_and_exit_code_2(run, arguments, said):
 
 
 def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
-    from modeling_lumina_mgpt.training import sft, train_vq
+    from modeling_lumina_mgpt.training import chain, sft, train_vq
 
     called = []
-    for module in (sft, train_vq):
-        monkeypatch.setattr(module, "train", lambda recipe: called.append(type(recipe).__name__))
+    for module in (sft, train_vq, chain):
+        monkeypatch.setattr(module, "train", lambda recipe, *folder: called.append(type(recipe).__name__))
     right = [
         "{output_dir: x, mixture: {target_px: 64, sources: [{task: chat, path: z}]}, sft: {}, model: y}",
-        "{trainer: vq, output_dir: x, model: {}, num_codes: 1}",
+        "{trainer: vq, output_dir: x, model: {}, num_patches: 1}",
+        "{trainer: chain, output_dir: x, minutes: 1, stages: [{recipe: a.yaml, share: 1}]}",
     ]
-    wrong = {"trainer: rl": "accepted are 'vq' and 'sft'", "lr: 3": "'lr'; accepted are output_dir", "a: [": "YAML"}
+    wrong = {"trainer: rl": "accepted are vq, sft, chain", "lr: 3": "'lr'; accepted are output_dir", "a: [": "YAML"}
     results = []
     for text in (*right, *wrong):
         (tmp_path / "recipe.yaml").write_text(text)
         results.append(CliRunner().invoke(app, ["train", str(tmp_path / "recipe.yaml")]))
-    assert called == ["SFTRecipe", "VQRecipe"] and [result.exit_code for result in results] == [0, 0, 2, 2, 2]
-    assert all(said in result.stderr for said, result in zip(wrong.values(), results[2:], strict=True))
+    assert called == ["SFTRecipe", "VQRecipe", "ChainRecipe"]
+    assert [result.exit_code for result in results] == [0, 0, 0, 2, 2, 2]
+    assert all(said in result.stderr for said, result in zip(wrong.values(), results[3:], strict=True))
 
 
 def test_the_command_itself_imports_nothing_heavy():
