@@ -1,7 +1,6 @@
 """The default checkpoint's card: what it is, its pictures, its scores and where they come from."""
 
 import json
-import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,8 +54,8 @@ def write_card(pipe: "LuminaMGPTPipeline", scores: str | Path, minutes: dict[str
     scores, pictures = Path(scores), Path(folder) / "pictures"
     pictures.mkdir(exist_ok=True)
     for path in (*sorted((scores / "sheets").glob("*.png")), scores / "curves.png"):
-        shutil.copy(path, pictures / path.name)
-    draw_gallery(pipe).save(pictures / "gallery.png")
+        Image.open(path).save(pictures / path.name, optimize=True)  # a repo keeps them for ever
+    draw_gallery(pipe).save(pictures / "gallery.png", optimize=True)
     report = json.loads((scores / "scoreboard.json").read_text())
     stages = "\n".join(f"| {name} | {spent:.0f} |" for name, spent in minutes.items())
     card = TEMPLATE.read_text().format(
