@@ -210,7 +210,7 @@ def common_arguments(model, args: argparse.Namespace, **values) -> dict:
         use_cpu=args.device == "cpu",
         **{"gradient_checkpointing": False, **values},
     )
-    collator = Collator(pad_id=1, image_start_id=2, image_end_id=3, tasks=["text-to-image"])
+    collator = Collator(pad_id=1, image_start_id=2, image_end_id=3, code_ids=torch.tensor([]), tasks=["text-to-image"])
     return {
         "model": model,
         "args": arguments,

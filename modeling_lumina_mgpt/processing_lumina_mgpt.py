@@ -146,8 +146,8 @@ class LuminaMGPTProcessor(ProcessorMixin):
         vq_tile_px: the VQ model draws the square of so many pixels at a time: several pictures, or one, or of a
             larger one overlapping tiles, which are faded into each other. It may be set, and bounds the memory that
             decoding takes (`decode_bytes`). Tiles share the statistics of their norms, measured in a thumbnail, but
-            not all that attention and convolutions see. At 512 x 512 the default checkpoint's pictures in tiles of
-            256 are within 36 to 46 dB (PSNR) of those decoded whole (31 to 36 dB if each had its own statistics);
+            not all that attention and convolutions see. At 512 x 512 an earlier default checkpoint's pictures in tiles
+            of 256 are within 36 to 46 dB (PSNR) of those decoded whole (31 to 36 dB if each had its own statistics);
             those of Chameleon's shape with random weights only within 19 dB.
     """
 

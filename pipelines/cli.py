@@ -221,13 +221,13 @@ def train(
             raise ValueError(f"{recipe}: trainer 'vq' has num_steps in place of minutes")
         train_vq.train(loaded)
     elif isinstance(loaded, chain.ChainRecipe):
-        chain.train(replace(loaded, minutes=minutes or loaded.minutes), recipe.parent)
+        chain.train(loaded if minutes is None else replace(loaded, minutes=minutes), recipe.parent)
     elif plan:
         from modeling_lumina_mgpt.training.plan import plan as memory_plan
 
         typer.echo(memory_plan(loaded, gpus, gpu_memory))
     else:
-        sft.train(replace(loaded, max_minutes=minutes or loaded.max_minutes))
+        sft.train(loaded if minutes is None else replace(loaded, max_minutes=minutes))
 
 
 @app.command()

@@ -76,7 +76,7 @@ def run(
         model=model,
         args=arguments,
         train_dataset=records(model.config.vocab_size),
-        data_collator=Collator(0, -1, -1, ["caption", "chat"]),
+        data_collator=Collator(0, -1, -1, torch.tensor([]), ["caption", "chat"]),
         processing_class=AutoTokenizer.from_pretrained(start),
         peft_config=LoraConfig(**LORA) if lora else None,
     )

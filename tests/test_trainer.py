@@ -48,7 +48,7 @@ def make_trainer(records, tiny_config, tiny_processor, tmp_path):
     """Makes trainers of one tiny model; what is not said is as in the first."""
     uni_rep = tiny_processor.uni_rep
 
-    def make(name="run", dataset=records, context_drop=0.0, model=None, options=None, **values):
+    def make(name="run", dataset=records, context_drop=0.0, history_noise=0.0, model=None, options=None, **values):
         torch.manual_seed(0)
         defaults = {"learning_rate": 1e-2, "lr_scheduler_type": "constant", "per_device_train_batch_size": 4}
         defaults |= {"max_steps": 4, "logging_steps": 1, "save_steps": 1, "report_to": "none", "use_cpu": True}
@@ -66,12 +66,12 @@ def make_trainer(records, tiny_config, tiny_processor, tmp_path):
             loss_type="nll",
             **{**defaults, **values},
         )
-        common = (tiny_config().pad_token_id, uni_rep.start_id, uni_rep.end_id, TASKS)
+        common = (tiny_config().pad_token_id, uni_rep.start_id, uni_rep.end_id, uni_rep.code_ids, TASKS)
         return LuminaMGPTTrainer(
             model=model or LuminaMGPTForConditionalGeneration(tiny_config()),
             args=arguments,
             train_dataset=dataset,
-            data_collator=Collator(*common, context_drop=context_drop),
+            data_collator=Collator(*common, context_drop=context_drop, history_noise=history_noise),
             eval_collator=Collator(*common),
             processing_class=tiny_processor.tokenizer,
             **(options or {}),
@@ -149,6 +149,22 @@ def test_context_drop_in_packed_rows_leaves_the_picture_alone(make_trainer, reco
     assert (batch["labels"][starts] == -100).all()  # what precedes is another record's
 
 
+def test_a_disturbed_history_has_other_codes_in_the_answer_alone(make_trainer, records, tiny_processor):
+    codes = tiny_processor.uni_rep.code_ids
+    for history_noise in (0.0, 1.0):
+        trainer = make_trainer(history_noise=history_noise)
+        for record in records:
+            batch = trainer.data_collator([record])
+            ids, labels = torch.tensor(record["input_ids"]), torch.tensor(record["labels"])
+            changed = batch["input_ids"][0] != ids
+            predicted = torch.isin(labels, codes)
+            assert torch.equal(batch["labels"][0, 1:], labels[1:])
+            assert not (changed & ~predicted).any()
+            assert torch.isin(batch["input_ids"][0][changed], labels[predicted]).all()
+            drawn = record["task"] == "edit" and history_noise
+            assert bool(changed.any()) <= bool(drawn)
+
+
 def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
     first, again = (make_trainer(train_sampling_strategy="group_by_length") for _ in range(2))
     orders = []
@@ -164,9 +180,10 @@ def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
 
 @pytest.mark.parametrize("stop_after", [1, 3, 4])
 def test_a_run_resumes_bit_for_bit(make_trainer, stop_after):
-    whole = make_trainer("whole", max_steps=5, context_drop=0.5)
+    shares = {"context_drop": 0.5, "history_noise": 0.5}
+    whole = make_trainer("whole", max_steps=5, **shares)
     whole.train()
-    half = make_trainer("halves", max_steps=5, context_drop=0.5)
+    half = make_trainer("halves", max_steps=5, **shares)
     step = half.training_step
 
     def stopping(*args, **kwargs):
@@ -177,7 +194,7 @@ def test_a_run_resumes_bit_for_bit(make_trainer, stop_after):
     half.training_step = stopping
     with pytest.raises(KeyboardInterrupt):
         half.train()
-    rest = make_trainer("halves", max_steps=5, context_drop=0.5)
+    rest = make_trainer("halves", max_steps=5, **shares)
     rest.train()
     assert same(weights(whole), weights(rest))
     assert logged(whole) == logged(rest)

@@ -16,7 +16,7 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from . import sft, train_vq
 from .card import write_card
 from .scoreboard import run_scoreboard
-from .trainer import last_checkpoint
+from .trainer import last_checkpoint, logged_minutes
 
 FINISHED = "finished.json"
 
@@ -68,14 +68,15 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
         if isinstance(recipe, train_vq.VQRecipe):
             train_vq.train(recipe)
         else:
-            recipe.max_minutes = chain.minutes * stage["share"] if "share" in stage else recipe.max_minutes
+            if "share" in stage:
+                recipe.max_minutes = chain.minutes * stage["share"]
             sft.train(recipe)
         finished.append(name)
         path.write_text(json.dumps(finished) + "\n")
-    pipe = LuminaMGPTPipeline.from_pretrained(recipe.output_dir)
-    run_scoreboard(pipe, scores := path.with_name("scores"), chain.num_cases)
-    decoders = {stage.output_dir: _minutes(stage) for stage in recipes.values() if isinstance(stage, sft.SFTRecipe)}
-    write_card(pipe, scores, {Path(folder).name: spent for folder, spent in decoders.items()}, recipe.output_dir)
+    folders = [Path(recipe.output_dir) for recipe in recipes.values() if isinstance(recipe, sft.SFTRecipe)]
+    pipe, scores = LuminaMGPTPipeline.from_pretrained(folders[-1]), path.with_name("scores")
+    run_scoreboard(pipe, scores, chain.num_cases)
+    write_card(pipe, scores, {stage.name: _minutes(stage) for stage in folders}, folders[-1])
 
 
 def _stage(path: Path) -> sft.SFTRecipe | train_vq.VQRecipe:
@@ -85,7 +86,7 @@ def _stage(path: Path) -> sft.SFTRecipe | train_vq.VQRecipe:
     return recipe
 
 
-def _minutes(recipe: sft.SFTRecipe) -> float:
-    """That its training has taken, as its last checkpoint says."""
-    state = Path(last_checkpoint(Path(recipe.output_dir) / "trainer") or "") / "trainer_state.json"
-    return max(entry.get("minutes", 0.0) for entry in json.loads(state.read_text())["log_history"])
+def _minutes(output_dir: Path) -> float:
+    """That a stage's training has taken, as its last checkpoint says."""
+    state = Path(last_checkpoint(output_dir / "trainer") or "") / "trainer_state.json"
+    return logged_minutes(json.loads(state.read_text())["log_history"])

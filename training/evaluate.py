@@ -108,8 +108,7 @@ def _extent(mask: np.ndarray) -> tuple[tuple[int, int], tuple[int, int]]:
 
 def find_regions(image: Image.Image) -> tuple[list[tuple[str, np.ndarray]], np.ndarray]:
     """Color and mask of each object, and the mask of all of them; masks are bool `(height, width)`."""
-    pixels = np.asarray(image.convert("RGB")) >> 3
-    labels = _nearest_names()[pixels[..., 0], pixels[..., 1], pixels[..., 2]]
+    labels = look_up(image, _nearest_names())
     min_area = MIN_AREA * min(labels.shape) ** 2
     whole = [
         (i, part) for i in range(1, len(COLORS) + 1) for part in _connected(labels == i) if part.sum() >= min_area
@@ -143,9 +142,20 @@ def _nearest_names() -> np.ndarray:
         for shading, fade in itertools.product(np.linspace(0.1, 1.16, 18), np.linspace(0, 1, 5)):
             samples.append(np.array(table) * shading * (1 - fade) + np.array(wall) * fade)
             labels.append(0)
+    return nearest_labels(samples, np.array(labels, np.uint8))
+
+
+def nearest_labels(colors: Sequence[np.ndarray], labels: np.ndarray) -> np.ndarray:
+    """Of any color, by the high bits of R, G, B: the label of the nearest of `colors` in [0, 1]; `(32, 32, 32)`."""
     grid = (np.indices((32, 32, 32)).reshape(3, -1).T + 0.5) / 32
-    _, nearest = cKDTree(np.clip(samples, 0, 1)).query(grid)
-    return np.array(labels, np.uint8)[nearest].reshape(32, 32, 32)
+    _, nearest = cKDTree(np.clip(colors, 0, 1)).query(grid)
+    return labels[nearest].reshape(32, 32, 32)
+
+
+def look_up(picture: Image.Image, labels: np.ndarray) -> np.ndarray:
+    """Labels `(height, width)` of a picture's pixels, by a table of `nearest_labels`."""
+    pixels = np.asarray(picture.convert("RGB")) >> 3
+    return labels[pixels[..., 0], pixels[..., 1], pixels[..., 2]]
 
 
 def _convex_parts(mask: np.ndarray, others: np.ndarray, min_area: float, max_cuts: int = 3) -> Iterator[np.ndarray]:

@@ -13,17 +13,17 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 from scipy.optimize import linear_sum_assignment
-from scipy.spatial import cKDTree
 
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor
 
 from .drawing import joint_color
-from .evaluate import Detection, find_regions, judge
+from .evaluate import Detection, find_regions, judge, look_up, nearest_labels
 from .tabletop import (
     COLORS,
     FAR,
     NEAR,
     SEGMENT_COLORS,
+    SEGMENT_PALETTE,
     SHAPES,
     SIZES,
     SURFACES,
@@ -44,7 +44,7 @@ Box = Sequence[float]  # left, top, right, bottom; ends excluded
 
 MAX_PSNR_DB = 60.0  # of pictures that are equal
 RESAMPLES = 1000
-MAPS = LuminaMGPTImageProcessor(palette=[[k, *(round(255 * v) for v in c)] for k, c in SEGMENT_COLORS.items()])
+MAPS = LuminaMGPTImageProcessor(palette=SEGMENT_PALETTE)
 
 
 def interval(values: Sequence[float | tuple[float, float]], seed: int = 0) -> dict:
@@ -192,20 +192,16 @@ def detection(truth: Box, box: Box | None) -> Values:
 
 def figure(picture: Image.Image) -> np.ndarray:
     """Where the mannequin is, bool `(height, width)`: its color is the nearest of all that the renderer can make."""
-    pixels = np.asarray(picture.convert("RGB")) >> 3
-    return _figure_colors()[pixels[..., 0], pixels[..., 1], pixels[..., 2]]
+    return look_up(picture, _figure_colors())
 
 
 @cache
 def _figure_colors() -> np.ndarray:
-    """bool `(32, 32, 32)`, by the high bits of red, green and blue."""
     shadings = np.linspace(0.25, 1.16, 20)
     own = [np.array(MANNEQUIN_COLOR) * s for s in shadings]
     others = [np.array(c) * s + gloss for c in COLORS.values() for s in shadings for gloss in (0, 0.13, 0.26)]
     others += [np.array(c) * s for c in TABLES.values() for s in (0.65, 1)] + [np.array(c) for c in WALLS]
-    grid = (np.indices((32, 32, 32)).reshape(3, -1).T + 0.5) / 32
-    _, nearest = cKDTree(np.clip(own + others, 0, 1)).query(grid)
-    return (nearest < len(own)).reshape(32, 32, 32)
+    return nearest_labels(own + others, np.arange(len(own + others)) < len(own))
 
 
 def foreground(picture: Image.Image) -> np.ndarray:

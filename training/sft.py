@@ -37,7 +37,7 @@ from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .merge import gather_model
 from .mixture import Mixture, MixtureReader, read_mixture
-from .tabletop import SEGMENT_COLORS, tabletop_texts
+from .tabletop import SEGMENT_PALETTE, tabletop_texts
 from .tokenize_dataset import HUB, load_tokenized, tokenize
 from .train_tokenizer import build_tokenizer
 from .train_vq import VQRecipe
@@ -66,6 +66,8 @@ class SFTRecipe:
         random_crop: crop pictures anew at each epoch; only straight from images.
         pack_tokens: put records together in rows of so many tokens, which never see each other; only tokenized ahead.
         context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
+        history_noise: of the codes that an answer's picture so far consists of, up to this share is replaced by others
+            of its codes, drawn anew at each epoch: the model learns to go by what it was asked and shown.
         evaluation: the fields of another `Mixture`, held out; its losses are logged as often as `sft` says.
         judge_per_category: Tabletop sentences of each category that are drawn and judged at each evaluation.
         lora: values of `peft.LoraConfig`: train an adapter alone. On attention and MLP unless `target_modules` differ.
@@ -88,6 +90,7 @@ class SFTRecipe:
     random_crop: bool = False
     pack_tokens: int | None = None
     context_drop: float = 0.1
+    history_noise: float = 0.0
     evaluation: dict[str, Any] | None = None
     judge_per_category: int = 0
     lora: dict[str, Any] | None = None
@@ -115,12 +118,11 @@ class SFTRecipe:
             raise ValueError(
                 f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
             )
-        if not 0 <= self.context_drop <= 1:
-            raise ValueError(f"context_drop {self.context_drop}: accepted are 0 to 1")
+        for name in ("context_drop", "history_noise", "cooldown"):
+            if not 0 <= (share := getattr(self, name)) <= 1:
+                raise ValueError(f"{name} {share}: accepted are 0 to 1")
         if self.max_minutes is not None and not (isinstance(self.max_minutes, int | float) and self.max_minutes > 0):
             raise ValueError(f"max_minutes {self.max_minutes!r}: accepted are numbers above 0")
-        if not 0 <= self.cooldown <= 1:
-            raise ValueError(f"cooldown {self.cooldown}: accepted are 0 to 1")
         if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):
             raise ValueError(f"pack_tokens {self.pack_tokens!r}: accepted are 1 and more")
         if self.samples is not None and not _are_samples(self.samples):
@@ -217,8 +219,7 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     words = {"prompt": "", "condition": ""}
     templates = [task.template.format(width=s, height=s, **words) for task in TASKS.values() for s in sizes]
     tokenizer = build_tokenizer([*tabletop_texts(), *templates], num_codes=num_codes, **shape["tokenizer"])
-    palette = [[name, *(round(255 * value) for value in color)] for name, color in SEGMENT_COLORS.items()]
-    image_processor = LuminaMGPTImageProcessor(palette=palette)
+    image_processor = LuminaMGPTImageProcessor(palette=SEGMENT_PALETTE)
     processor = LuminaMGPTProcessor(image_processor, tokenizer, trained_tasks=[], **shape["processor"])
     config = LuminaMGPTConfig(
         vocab_size=len(tokenizer) - 1,
@@ -293,7 +294,7 @@ def train(recipe: SFTRecipe) -> None:
     tasks = sorted({source.task for data in (mixture, held_out) if data for source in data.sources})
     layout = processor.uni_rep
     common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
-    common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed}
+    common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed, "code_ids": layout.code_ids}
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
@@ -303,7 +304,9 @@ def train(recipe: SFTRecipe) -> None:
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluated,
-        data_collator=Collator(**common, context_drop=recipe.context_drop, encode=encode),
+        data_collator=Collator(
+            **common, context_drop=recipe.context_drop, history_noise=recipe.history_noise, encode=encode
+        ),
         eval_collator=Collator(**common),
         processing_class=processor.tokenizer,
         peft_config=adapter,

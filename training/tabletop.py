@@ -29,6 +29,7 @@ from .tabletop_language import (
 from .tabletop_mannequin import LIMBS
 from .tabletop_renderer import (
     SEGMENT_COLORS,
+    SEGMENT_PALETTE,
     Rendering,
     depth_image,
     find_joints,
@@ -64,10 +65,10 @@ from .tabletop_scenes import (
 )
 
 __all__ = [
-    "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SHAPES", "SIZES",
-    "SPLITS", "SURFACES", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject", "TabletopSource",
-    "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase", "parse", "render",
-    "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
+    "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SEGMENT_PALETTE",
+    "SHAPES", "SIZES", "SPLITS", "SURFACES", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject",
+    "TabletopSource", "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase",
+    "parse", "render", "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
     "tabletop_texts", "to_image",
 ]  # fmt: skip
 

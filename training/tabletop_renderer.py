@@ -355,6 +355,9 @@ SEGMENT_COLORS = {
 }
 
 
+SEGMENT_PALETTE = [[name, *(round(255 * value) for value in color)] for name, color in SEGMENT_COLORS.items()]
+
+
 def segmentation_image(segmentation: torch.Tensor, scene: Scene) -> torch.Tensor:
     """Object indices `(height, width)` to RGB in [0, 1]: one color of `SEGMENT_COLORS` for each shape."""
     names = ("background", *(o.shape for o in scene.objects), "mannequin")

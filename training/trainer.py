@@ -49,25 +49,35 @@ class Stopped(SystemExit):
 
 @dataclass
 class Collator:
-    """Rows of a dataset -> one batch: encodes what is not encoded, drops some contexts, and pads on the right.
+    """Rows of a dataset -> one batch: encodes what is not yet, drops contexts, disturbs histories, pads on the right.
 
     Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
-    from that picture's start on are left, without the final end-of-turn. Whether that happens depends on the record,
-    the epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
+    from that picture's start on are left, without the final end-of-turn. In a disturbed history some codes of the
+    answers' pictures are others than the ones to predict, as they are when a model draws: what comes next is then
+    learned from what was asked and shown, too, and not from the codes before alone. Both depend on the record, the
+    epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
 
     Attributes:
+        code_ids: those of image codes.
         tasks: names that `task_ids` count.
+        context_drop: probability of dropping a record's context.
+        history_noise: of a record's predicted codes, up to this share is replaced by others of them in `input_ids`.
         encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
     """
 
     pad_id: int
     image_start_id: int
     image_end_id: int
+    code_ids: Tensor
     tasks: Sequence[str]
     context_drop: float = 0.0
+    history_noise: float = 0.0
     seed: int = 0
     encode: Callable[[list[dict], int], list[dict]] | None = None
     shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
+
+    def __post_init__(self):
+        self._codes = frozenset(self.code_ids.tolist())
 
     @property
     def epoch(self) -> int:
@@ -105,15 +115,26 @@ class Collator:
     def _ready(self, record: dict) -> tuple[list[int], list[int], int]:
         """Ids, labels and task; the first label is none, since in a packed row another record's token precedes it."""
         epoch = record.get("epoch", self.epoch)  # a stream's own, which to the trainer has but one
-        ids, labels = self._drop(list(record["input_ids"]), list(record["labels"]), epoch)
-        return ids, [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
+        ids, labels = list(record["input_ids"]), list(record["labels"])
+        rng = random.Random(f"{self.seed}/{epoch}/{ids}")
+        ids, labels = self._drop(ids, labels, rng)
+        return self._disturb(ids, labels, rng), [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
 
-    def _drop(self, ids: list[int], labels: list[int], epoch: int) -> tuple[list[int], list[int]]:
-        draw = random.Random(f"{self.seed}/{epoch}/{ids}").random()
-        if draw >= self.context_drop or labels[-2] != self.image_end_id:
+    def _drop(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        if rng.random() >= self.context_drop or labels[-2] != self.image_end_id:
             return ids, labels
         start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
         return ids[start:-1], labels[start:-1]
+
+    def _disturb(self, ids: list[int], labels: list[int], rng: random.Random) -> list[int]:
+        share = self.history_noise * rng.random()  # between records it differs, so that clean histories are trusted
+        if not share:
+            return ids
+        codes = [label for label in labels if label in self._codes]
+        return [
+            rng.choice(codes) if label in self._codes and rng.random() < share else token
+            for token, label in zip(ids, labels, strict=True)
+        ]
 
 
 def _joined(parts: list[list[int]], length: int, filler: int) -> list[int]:
@@ -236,8 +257,10 @@ class LuminaMGPTTrainer(SFTTrainer):
         totals = self.accelerator.reduce(self._sums, "sum").cpu()
         self._sums = self._zeros()
         num_processes, num_told, minutes = totals[-1].tolist()
-        self._told_to_stop, self._minutes = num_told > 0, minutes / num_processes  # the same in all processes
-        if self._told_to_stop or self._is_time_up():
+        self._minutes = minutes / num_processes  # the same in all processes, which stop after the same step
+        if num_told:
+            self._told_to_stop = True
+        if num_told or self._is_time_up():
             self.control.should_save = self.control.should_training_stop = True
         step = self._named(totals)
         trouble = self._trouble(step["loss"] / max(step["predicted_tokens"], 1), float(norm))
@@ -289,8 +312,7 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     def _minutes_so_far(self) -> float:
         """Of training, in this session and those before, which are in the log that a checkpoint has."""
-        logged = [entry["minutes"] for entry in self.state.log_history if "minutes" in entry]
-        return (logged[-1] if logged else 0.0) + (time.perf_counter() - self._window_start) / 60
+        return logged_minutes(self.state.log_history) + (time.perf_counter() - self._window_start) / 60
 
     def _is_time_up(self) -> bool:
         return self.max_minutes is not None and self._minutes >= self.max_minutes
@@ -452,6 +474,11 @@ def _means(sums: dict[str, float]) -> dict[str, float]:
     means = {name: sums[name] / sums["predicted_tokens"] for name in ("loss", "z_loss") if sums["predicted_tokens"]}
     tasks = [name.removeprefix("count_") for name in sums if name.startswith("count_")]
     return means | {f"loss_{task}": sums[f"loss_{task}"] / sums[f"count_{task}"] for task in tasks}
+
+
+def logged_minutes(log: Sequence[dict[str, float]]) -> float:
+    """Of training, as a run's log has them last."""
+    return next((entry["minutes"] for entry in reversed(log) if "minutes" in entry), 0.0)
 
 
 def whole_checkpoints(folder: str | Path) -> list[Path]:
