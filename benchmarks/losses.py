@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from distributed_worker import force_fsdp_on_cpu
 
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
-from modeling_lumina_mgpt.training.sft import load_recipe, train
+from modeling_lumina_mgpt.training.recipe import load_recipe
+from modeling_lumina_mgpt.training.sft import train
 from modeling_lumina_mgpt.training.trainer import LuminaMGPTTrainer, last_checkpoint
 
 TASKS = ("text-to-image", "vqa", "edit", "depth")

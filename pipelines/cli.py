@@ -212,15 +212,16 @@ def train(
 ):
     """Train a model by a RECIPE; what was stopped goes on where it was."""
     from modeling_lumina_mgpt.training import chain, sft, train_vq
+    from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe
 
-    loaded = sft.load_recipe(recipe)
-    if not isinstance(loaded, sft.SFTRecipe) and plan:
+    loaded = load_recipe(recipe)
+    if not isinstance(loaded, SFTRecipe) and plan:
         raise ValueError(f"{recipe}: what can be planned is of trainer 'sft'")
     if isinstance(loaded, train_vq.VQRecipe):
         if minutes is not None:
             raise ValueError(f"{recipe}: trainer 'vq' has num_steps in place of minutes")
         train_vq.train(loaded)
-    elif isinstance(loaded, chain.ChainRecipe):
+    elif isinstance(loaded, ChainRecipe):
         chain.train(loaded if minutes is None else replace(loaded, minutes=minutes), recipe.parent)
     elif plan:
         from modeling_lumina_mgpt.training.plan import plan as memory_plan
@@ -251,11 +252,12 @@ def tokenize(
 
     Processes that torchrun or `accelerate launch` starts share the work. What is done already is not done again.
     """
-    from modeling_lumina_mgpt.training import sft, tokenize_dataset
+    from modeling_lumina_mgpt.training import tokenize_dataset
+    from modeling_lumina_mgpt.training.recipe import SFTRecipe, load_recipe
 
-    loaded = sft.load_recipe(recipe)
-    if not isinstance(loaded, sft.SFTRecipe):
-        raise ValueError(f"{recipe}: trainer 'vq'; what can be tokenized is the mixture of trainer 'sft'")
+    loaded = load_recipe(recipe)
+    if not isinstance(loaded, SFTRecipe):
+        raise ValueError(f"{recipe}: what can be tokenized is the mixture of trainer 'sft'")
     if out is None and (loaded.tokenized is None or loaded.tokenized.startswith(tokenize_dataset.HUB)):
         raise ValueError(f"{recipe}: tokenized {loaded.tokenized!r} is no folder: name one as OUT")
     tokenize_dataset.tokenize_recipe(loaded, out or loaded.tokenized)

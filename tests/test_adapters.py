@@ -21,7 +21,7 @@ from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
 from modeling_lumina_mgpt.training import drawing
 from modeling_lumina_mgpt.training.degradation import Degradation, degrade
 from modeling_lumina_mgpt.training.mixture import Mixture
-from modeling_lumina_mgpt.training.sft import read_recipe
+from modeling_lumina_mgpt.training.recipe import read_recipe
 from modeling_lumina_mgpt.training.tasks import ADAPTERS, ColumnError, RecordError, check_columns, conversation
 
 TEXT, WHOLE, REAL, PICTURE = Value("string"), Value("int64"), Value("float64"), ImageFeature()

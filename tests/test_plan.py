@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training.plan import GIB, Run, Shape, changes, memory, plan, run_of, total_bytes
-from modeling_lumina_mgpt.training.sft import SFTRecipe, load_recipe
+from modeling_lumina_mgpt.training.recipe import SFTRecipe, load_recipe
 
 NUM_PARAMETERS_7B = 7_013_666_816
 SMALL = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4}

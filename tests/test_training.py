@@ -19,7 +19,8 @@ from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training import chain, train_vq
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
-from modeling_lumina_mgpt.training.sft import SFTRecipe, load_recipe, lora_config, sft_config, train
+from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe, lora_config, sft_config
+from modeling_lumina_mgpt.training.sft import train
 from modeling_lumina_mgpt.training.tasks import ADAPTERS
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
@@ -336,7 +337,7 @@ def chained(recipe, start, tmp_path, monkeypatch):
 
     def run(minutes):
         stages = [{"recipe": "first.yaml", "share": 0.5}, {"recipe": "second.yaml", "share": 0.5}]
-        chain.train(chain.ChainRecipe(str(tmp_path / "chain"), stages, minutes, num_cases=3), tmp_path)
+        chain.train(ChainRecipe(str(tmp_path / "chain"), stages, minutes, num_cases=3), tmp_path)
         return [done.pop(0) for _ in [*done]]
 
     return run

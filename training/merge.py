@@ -21,6 +21,9 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
+from .folders import save_folder
+from .recipe import SFTRecipe, lora_config
+
 SHARDS = "pytorch_model_fsdp_0"  # accelerate's name
 METADATA_MODULES = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
 METADATA_NAMES = {("pathlib", "PosixPath"), ("pathlib", "WindowsPath"), ("torch", "Size")}
@@ -39,8 +42,6 @@ def merge(source: str | Path, out: str | Path, model: str | None = None) -> None
     Raises:
         ValueError: if `out` holds something, if `source` is neither, or nothing says what it started from.
     """
-    from .sft import SFTRecipe, save_folder  # which gathers with this module
-
     source, out = Path(source), Path(out)
     if out.is_dir() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty: accepted is a new folder")
@@ -119,10 +120,8 @@ def gather_model(trainer) -> nn.Module | None:
     return model
 
 
-def _with_weights(model: nn.Module, state: dict[str, Tensor], recipe) -> nn.Module:
+def _with_weights(model: nn.Module, state: dict[str, Tensor], recipe: SFTRecipe) -> nn.Module:
     """`model` with a checkpoint's weights, its adapter merged if that is what it holds."""
-    from .sft import lora_config
-
     adapter = lora_config(recipe)
     if adapter is None:
         model.load_state_dict(state)

@@ -20,7 +20,7 @@ from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGener
 from modeling_lumina_mgpt.modeling_lumina_mgpt import LOGITS_PER_CHUNK
 from modeling_lumina_mgpt.uni_rep import MAX_SIZE_UNITS, ImageLayout
 
-from .sft import LORA_TARGETS, SFTRecipe
+from .recipe import LORA_TARGETS, SFTRecipe
 
 GIB = 2**30
 OVERHEAD_BYTES = 3 * GIB  # CUDA's context, the buffers of NCCL and cuBLAS, and gaps that the allocator cannot use

@@ -37,7 +37,9 @@ from tqdm.auto import tqdm
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTProcessor
 
+from .folders import make_start
 from .mixture import Mixture, MixtureReader, Skipped, Source, read_mixture
+from .recipe import SFTRecipe
 
 SHARD_RECORDS = 512
 BATCH_RECORDS = 64  # whose pictures become codes in one go
@@ -113,13 +115,11 @@ def tokenize(
         _finish(folder, mixture)
 
 
-def tokenize_recipe(recipe, folder: str | Path) -> None:
+def tokenize_recipe(recipe: SFTRecipe, folder: str | Path) -> None:
     """This process's share of tokenizing an `SFTRecipe`'s mixture, on its accelerator if there is one.
 
     Which process it is, RANK, WORLD_SIZE and LOCAL_RANK say, as torchrun and `accelerate launch` set them.
     """
-    from .sft import make_start  # which imports this file
-
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     while rank and recipe.from_scratch and not Path(recipe.start).exists():
         time.sleep(1)  # the first process makes it
