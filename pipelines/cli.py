@@ -266,11 +266,11 @@ def tokenize(
 @app.command()
 def evaluate(
     output_dir: Annotated[Path, typer.Option(help="Where the scores and contact sheets go.")] = Path("scores"),
-    num_per_category: Annotated[int, typer.Option(min=1, help="Sentences in each of the six categories.")] = 50,
+    num_per_category: Annotated[int, typer.Option(min=1, help="Without --all, sentences in each category.")] = 50,
     all_tasks: Annotated[bool, typer.Option("--all", help="Score every task; what was stopped goes on.")] = False,
     num_cases: Annotated[int, typer.Option(min=2, help="With --all, cases of each task.")] = 200,
     size: Size = None,
-    seed: Annotated[int, typer.Option(help="Chooses the sentences.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the cases.")] = 0,
     guidance_scale: Guidance = None,
     best_of: Annotated[int, typer.Option(min=1, help="Pictures of each sentence; the best one counts.")] = 1,
     model: Model = None,

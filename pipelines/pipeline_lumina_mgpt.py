@@ -319,7 +319,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             allow_untrained: try a task that this checkpoint was not trained for.
             generate_kwargs: further arguments of the model's `generate`: `image_top_k`, `text_top_k`,
                 `image_temperature`, `text_temperature`, `top_k_schedule`, `decoding`, `window`, `draft`,
-                `guidance_end`, `compile_config`, `max_new_tokens`, ...
+                `guidance_end`, `compile_config`, `max_new_tokens`, ...; where they say nothing, the checkpoint's
+                `generation_config`, and of answers to pictures its `image_to_image`.
 
         Returns:
             `LuminaMGPTPipelineOutput`, or with `return_dict=False` the tuple `(images, text)`.
@@ -380,8 +381,9 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 or a list of `{"type": "text", "text": ...}` and `{"type": "image", "image": ...}`; or as
                 `processor.task_message` has it for a task.
             upper_rows: codes (rows, cols) that the answer's picture, of `height` and `width`, begins with.
-            generate_kwargs: as in a call; `height` and `width` have the answer begin with a picture of that size, and
-                `max_new_tokens` ends it early.
+            generate_kwargs: as in a call, and once there is a picture in the talk, `image_to_image` holds for all that
+                follows; `height` and `width` have the answer begin with a picture of that size, and `max_new_tokens`
+                ends it early.
 
         Returns:
             `.images` of the answer, `.text` (one string in a list), and `.messages` to continue with, in which
@@ -475,7 +477,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
     def sampling_after_images(self, given: Iterable[str] = ()) -> dict[str, Any]:
         """How answers to pictures are sampled, where that differs: `image_to_image` of the `generation_config`.
 
-        Such an answer is often sure, where one to words alone has much to choose from. The paper, too, differs.
+        Such an answer is often sure, where one to words alone has much to choose from.
 
         Args:
             given: names of a call's own sampling; a `top_k` or `temperature` stands for that of images as well.

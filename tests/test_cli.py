@@ -77,6 +77,7 @@ def test_a_task_is_asked_for_in_a_talk(run):
         ),
         (("generate", "a", "--condition", "dept"), "'dept': accepted are depth, canny, hed, pose"),
         (("predict", "etch", "input.png"), "'etch': accepted are text-to-image"),
+        (("evaluate", "--all", "--best-of", "2"), "--all takes neither guidance-scale nor best-of"),
         (("edit", "absent.png", "a"), "absent.png"),
         (("edit", "tiny/config.json", "a"), "not a picture"),
     ],
@@ -95,7 +96,7 @@ def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "train", lambda recipe, *folder: called.append(type(recipe).__name__))
     right = [
         "{output_dir: x, mixture: {target_px: 64, sources: [{task: chat, path: z}]}, sft: {}, model: y}",
-        "{trainer: vq, output_dir: x, model: {}, num_patches: 1}",
+        "{trainer: vq, output_dir: x, model: {block_out_channels: [8, 8]}, num_patches: 1}",
         "{trainer: chain, output_dir: x, minutes: 1, stages: [{recipe: a.yaml, share: 1}]}",
     ]
     wrong = {"trainer: rl": "accepted are vq, sft, chain", "lr: 3": "'lr'; accepted are output_dir", "a: [": "YAML"}
@@ -106,6 +107,28 @@ def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):
     assert called == ["SFTRecipe", "VQRecipe", "ChainRecipe"]
     assert [result.exit_code for result in results] == [0, 0, 0, 2, 2, 2]
     assert all(said in result.stderr for said, result in zip(wrong.values(), results[3:], strict=True))
+
+
+def test_minutes_are_of_recipes_that_have_them(tmp_path, monkeypatch):
+    from modeling_lumina_mgpt.training import chain, sft
+
+    given, path = [], tmp_path / "recipe.yaml"
+    monkeypatch.setattr(sft, "train", lambda recipe: given.append(recipe.max_minutes))
+    monkeypatch.setattr(chain, "train", lambda recipe, folder: given.append(recipe.minutes))
+    sft_text = "{output_dir: x, mixture: {target_px: 64, sources: [{task: chat, path: z}]}, sft: {}, model: y}"
+    chain_text = "{trainer: chain, output_dir: x, minutes: 1, stages: [{recipe: a.yaml, share: 1}]}"
+    vq_text = "{trainer: vq, output_dir: x, model: {block_out_channels: [8, 8]}}"
+    for text, minutes, said in (
+        (sft_text, "7", ""),
+        (chain_text, "7", ""),
+        (sft_text, "0", "max_minutes 0.0: accepted are numbers above 0"),
+        (chain_text, "0", "minutes 0.0: accepted are numbers above 0"),
+        (vq_text, "7", "trainer 'vq' has num_steps in place of minutes"),
+    ):
+        path.write_text(text)
+        result = CliRunner().invoke(app, ["train", str(path), "--minutes", minutes])
+        assert result.exit_code == (2 if said else 0) and said in result.stderr
+    assert given == [7, 7]
 
 
 def test_the_command_itself_imports_nothing_heavy():

@@ -18,12 +18,11 @@ from modeling_lumina_mgpt.training.tabletop import (
     sample_scene,
     to_image,
 )
-from modeling_lumina_mgpt.training.tabletop_scenes import YAW
 
 
 def picture(*objects: tuple[str, str, float, float]) -> Image.Image:
     """A render of small objects (shape, color, x, z)."""
-    solids = tuple(SceneObject(shape, color, "small", x, z, YAW) for shape, color, x, z in objects)
+    solids = tuple(SceneObject(shape, color, "small", x, z) for shape, color, x, z in objects)
     scene = sample_scene(random.Random(0), 64, 64)
     scene = replace(scene, objects=solids, table="wooden", wall=1)
     return to_image(render([scene], 64, 64).rgb[0])

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from modeling_lumina_mgpt.training import metrics, scoreboard, trials
 from modeling_lumina_mgpt.training.card import HEADLINES, write_card
 from modeling_lumina_mgpt.training.evaluate import Detection, true_pictures
 from modeling_lumina_mgpt.training.tabletop import TabletopSource
+from modeling_lumina_mgpt.training.tabletop_scenes import joints_px
 from modeling_lumina_mgpt.training.trials import Board
 
 SIZE = (64, 64)
@@ -71,7 +73,7 @@ def test_depth_is_in_table_units():
 def test_joints_are_read_from_a_drawn_skeleton():
     poses = source("pose")
     plans, records = [poses.plan(i) for i in range(8)], poses.fetch(range(8))
-    joints = [trials._joints(plan.scenes[0], SIZE) for plan in plans]
+    joints = [joints_px(plan.scenes[0], *SIZE) for plan in plans]
     scores = [metrics.pose(own, record["pose"]) for own, record in zip(joints, records, strict=True)]
     assert value(scores, "PCK@0.2") > 0.97
     assert value([metrics.pose(own, Image.new("RGB", SIZE)) for own in joints], "PCK@0.2") == 0
@@ -118,6 +120,13 @@ def test_an_edit_is_done_when_all_else_is_as_it_was(monkeypatch):
         true, unchanged = (metrics.edit(before, after, state.picture) for state in (after, before))
         assert true["done and rest untouched"] == 1 and unchanged["done"] == 0 and unchanged["rest untouched"] == 1
         assert unchanged.get("PSNR outside", metrics.MAX_PSNR_DB) == metrics.MAX_PSNR_DB
+        stray = replace(seen[id(after.picture)][0], color="none of ours", box=(-9, -9, -1, -1))
+        seen[id(after.picture)].append(stray)
+        assert metrics.edit(before, after, after.picture)["rest untouched"] == 0  # something more
+        if plan.kinds[0] == "remove":
+            (gone,) = before.boxes.keys() - after.boxes.keys()
+            seen[id(after.picture)][-1] = replace(stray, box=before.boxes[gone])  # something else in its place
+            assert metrics.edit(before, after, after.picture)["done"] == 0
         monkeypatch.setattr(metrics, "judge", lambda picture: [])
         kept = set(before.boxes) & set(after.boxes)
         assert metrics.edit(before, after, after.picture)["rest untouched"] == (not kept)

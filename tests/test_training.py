@@ -313,12 +313,6 @@ def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
         assert torch.equal(encode(moved), encode(picture)[order])
 
 
-def test_psnr_and_ssim_of_known_pictures():
-    picture = torch.rand(2, 3, 16, 16) * 2 - 1
-    assert train_vq.psnr(picture + 0.2, picture) == pytest.approx(20.0, abs=1e-3)
-    assert train_vq.ssim(picture, picture) == pytest.approx(1.0)
-
-
 @pytest.fixture
 def chained(recipe, start, tmp_path, monkeypatch):
     """Runs a chain of two stages, each with half of the minutes; gives what was trained and scored."""
@@ -351,13 +345,28 @@ def test_a_chain_trains_what_is_left_and_scores_the_last(chained, tmp_path):
     assert chained(2) == [("second", 1), *last]
 
 
+def test_a_chain_ends_with_a_model_to_score(recipe, tmp_path, tiny_vqvae):
+    values = asdict(vq_recipe(tmp_path / "vq", tiny_vqvae))
+    (tmp_path / "vq.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({"trainer": "vq", **values}))))
+    (tmp_path / "sft.yaml").write_text(yaml.safe_dump(asdict(recipe("sft"))))
+    for names, says in ((("sft", "vq"), "the last one is trainer 'sft'"), (("vq", "sft"), "its own num_steps say")):
+        stages = [{"recipe": f"{name}.yaml", "share": 1} for name in names[:1]]
+        stages += [{"recipe": f"{name}.yaml"} for name in names[1:]]
+        with pytest.raises(ValueError, match=says):
+            chain.train(ChainRecipe(str(tmp_path), stages, 1), tmp_path)
+    assert not (tmp_path / "vq").exists() and not (tmp_path / "sft").exists()
+
+
 @pytest.mark.parametrize(
     ("values", "says"),
     [
         ({"stages": []}, r"stages \[\]"),
-        ({"stages": [{"recipe": "a.yaml", "share": 0.5}]}, "shares that are 1 together"),
+        ({"stages": [{"recipe": "a.yaml", "share": 0.5}]}, "that are 1 together"),
         ({"stages": [{"recipe": "a.yaml", "part": 1}]}, "a `recipe` and perhaps a `share`"),
+        ({"stages": ["a.yaml"]}, "a `recipe` and perhaps a `share`"),
+        ({"stages": [{"recipe": "a.yaml", "share": s} for s in (2, -1)]}, "shares above 0"),
         ({"minutes": 0}, "minutes 0: accepted are numbers above 0"),
+        ({"num_cases": 0}, "num_cases 0: accepted are 2 and more"),
     ],
 )
 def test_what_a_chain_cannot_be_is_an_error(tmp_path, values, says):

@@ -53,10 +53,11 @@ def write_card(pipe: "LuminaMGPTPipeline", scores: str | Path, minutes: dict[str
     """
     scores, pictures = Path(scores), Path(folder) / "pictures"
     pictures.mkdir(exist_ok=True)
-    for path in (*sorted((scores / "sheets").glob("*.png")), scores / "curves.png"):
-        Image.open(path).save(pictures / path.name, optimize=True)  # a repo keeps them for ever
     draw_gallery(pipe).save(pictures / "gallery.png", optimize=True)
     report = json.loads((scores / "scoreboard.json").read_text())
+    for task in report["tasks"]:
+        with Image.open(scores / ("curves.png" if task == "curves" else f"sheets/{task}.png")) as picture:
+            picture.save(pictures / f"{task}.png", optimize=True)  # a repo keeps them for ever
     stages = "\n".join(f"| {name} | {spent:.0f} |" for name, spent in minutes.items())
     card = TEMPLATE.read_text().format(
         metadata=_metadata(report).to_yaml(),
@@ -65,14 +66,16 @@ def write_card(pipe: "LuminaMGPTPipeline", scores: str | Path, minutes: dict[str
         total=round(sum(minutes.values())),
         num_weights=f"{pipe.transformer.num_parameters() / 1e6:.1f}",
         num_codes=f"{pipe.vqvae.config['num_vq_embeddings']:,}",
-        sheets="\n\n".join(f"### {task}\n\n![{task}](pictures/{task}.png)" for task in _with_sheets(pictures)),
-        **report["settings"] | {"device": report["machine"]["device"]},
+        curves=_shown("guidance and temperature", "curves") if "curves" in report["tasks"] else "",
+        sheets="\n\n".join(f"### {task}\n\n{_shown(task)}" for task in report["tasks"] if task != "curves"),
+        device=report["machine"]["device"],
+        **report["settings"] | {"size": "{}x{}".format(*report["settings"]["size"])},
     )
     (Path(folder) / "README.md").write_text(card)
 
 
-def _with_sheets(pictures: Path) -> list[str]:
-    return [path.stem for path in sorted(pictures.glob("*.png")) if path.stem not in ("gallery", "curves")]
+def _shown(text: str, picture: str | None = None) -> str:
+    return f"![{text}](pictures/{picture or text}.png)"
 
 
 def _metadata(report: dict) -> ModelCardData:

@@ -7,7 +7,11 @@ What was stopped goes on where it was: a stage that has ended is left alone, the
 """
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
@@ -25,39 +29,52 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
     """Runs (or resumes) the stages, whose recipes are in `folder`, and scores what comes out.
 
     Raises:
+        ValueError: for stages that do not fit together, and in one of several processes.
         Diverged, Stopped: see `LuminaMGPTTrainer`.
     """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("a chain runs in one process: launch the recipes of its stages one by one")
+    stages = {stage["recipe"]: _stage(Path(folder), chain, **stage) for stage in chain.stages}
+    *_, last = stages.values()
+    if not isinstance(last, SFTRecipe):
+        raise ValueError(f"stage {chain.stages[-1]}: accepted as the last one is trainer 'sft', whose model is scored")
     path = Path(chain.output_dir) / FINISHED
     path.parent.mkdir(parents=True, exist_ok=True)
-    recipes = {stage["recipe"]: _stage(Path(folder) / stage["recipe"]) for stage in chain.stages}
     finished = json.loads(path.read_text()) if path.exists() else []
-    for stage in chain.stages:
-        name, recipe = stage["recipe"], recipes[stage["recipe"]]
+    for name, recipe in stages.items():
         if name in finished:
             continue
         print(f"{name}: {recipe.output_dir}", flush=True)
         if isinstance(recipe, VQRecipe):
             train_vq.train(recipe)
         else:
-            if "share" in stage:
-                recipe.max_minutes = chain.minutes * stage["share"]
             sft.train(recipe)
         finished.append(name)
-        path.write_text(json.dumps(finished) + "\n")
-    folders = [Path(recipe.output_dir) for recipe in recipes.values() if isinstance(recipe, SFTRecipe)]
-    pipe, scores = LuminaMGPTPipeline.from_pretrained(folders[-1]), path.with_name("scores")
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(finished) + "\n")
+        part.rename(path)
+    minutes = {Path(r.output_dir).name: _minutes(r) for r in stages.values() if isinstance(r, SFTRecipe)}
+    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+    pipe, scores = LuminaMGPTPipeline.from_pretrained(last.output_dir).to(device), path.with_name("scores")
     run_scoreboard(pipe, scores, chain.num_cases)
-    write_card(pipe, scores, {stage.name: _minutes(stage) for stage in folders}, folders[-1])
+    write_card(pipe, scores, minutes, last.output_dir)
 
 
-def _stage(path: Path) -> SFTRecipe | VQRecipe:
-    recipe = load_recipe(path)
-    if isinstance(recipe, ChainRecipe):
-        raise ValueError(f"{path}: a chain within a chain; accepted are trainers 'vq' and 'sft'")
-    return recipe
+def _stage(folder: Path, chain: ChainRecipe, recipe: str, share: float | None = None) -> SFTRecipe | VQRecipe:
+    """A stage's recipe, with its share of the chain's minutes."""
+    loaded = load_recipe(folder / recipe)
+    if isinstance(loaded, ChainRecipe):
+        raise ValueError(f"{folder / recipe}: a chain within a chain; accepted are trainers 'vq' and 'sft'")
+    if share is None:
+        return loaded
+    if isinstance(loaded, VQRecipe):
+        raise ValueError(f"{recipe} with share {share}: a VQ model takes what its own num_steps say")
+    return replace(loaded, max_minutes=chain.minutes * share)
 
 
-def _minutes(output_dir: Path) -> float:
+def _minutes(recipe: SFTRecipe) -> float:
     """That a stage's training has taken, as its last checkpoint says."""
-    state = Path(last_checkpoint(output_dir / "trainer") or "") / "trainer_state.json"
-    return logged_minutes(json.loads(state.read_text())["log_history"])
+    checkpoint = last_checkpoint(folder := Path(recipe.output_dir) / "trainer")
+    if checkpoint is None:
+        raise ValueError(f"{folder}: no whole checkpoint, which says how long the training has taken")
+    return logged_minutes(json.loads((Path(checkpoint) / "trainer_state.json").read_text())["log_history"])

@@ -248,16 +248,23 @@ class State:
 
 
 def edit(before: State, after: State, picture: Image.Image) -> Values:
-    """Whether the judge finds what is new or changed and nothing in its old place, all else where it was, and both.
+    """Whether the judge finds what is new or changed and nothing in its old place, all else where it was and nothing
+    more, and both.
 
-    A detection stands for the object of its shape and color that it covers best, with a box IoU of 0.5 or more. PSNR
-    is of the pixels that are 8 px away from any that the true edit changes.
+    A detection stands for the object of its shape and color that it covers best, with a box IoU of 0.5 or more. One
+    that stands for none is in the old place by the same measure, and is something more if it touches no box of what is
+    edited. PSNR is of the pixels that are 8 px away from any that the true edit changes.
     """
     places = before.boxes | after.boxes
-    found = {_best_covered(places, d) for d in judge(picture)}
-    is_gone = not any(o in found for o in before.boxes if o not in after.boxes)
+    matched = [(_best_covered(places, d), d.box) for d in judge(picture)]
+    found = {o for o, _ in matched}
+    strays = [box for o, box in matched if o not in after.boxes]
+    old = [box for o, box in before.boxes.items() if o not in after.boxes]
+    new = [box for o, box in after.boxes.items() if o not in before.boxes]
+    is_gone = not any(box_iou(place, box) >= 0.5 for place in old for box in strays)
+    is_more = any(all(box_iou(place, box) == 0 for place in old + new) for box in strays)
     done = is_gone and all(o in found for o in after.boxes if o not in before.boxes)
-    rest = all(o in found for o in after.boxes if o in before.boxes)
+    rest = not is_more and all(o in found for o in after.boxes if o in before.boxes)
     values: Values = {
         "done": float(done),
         "rest untouched": float(rest),

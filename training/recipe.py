@@ -92,7 +92,7 @@ class SFTRecipe:
         for name in ("context_drop", "history_noise", "cooldown"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {share}: accepted are 0 to 1")
-        if self.max_minutes is not None and not (isinstance(self.max_minutes, int | float) and self.max_minutes > 0):
+        if self.max_minutes is not None and not _is_positive(self.max_minutes):
             raise ValueError(f"max_minutes {self.max_minutes!r}: accepted are numbers above 0")
         if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):
             raise ValueError(f"pack_tokens {self.pack_tokens!r}: accepted are 1 and more")
@@ -112,6 +112,8 @@ class SFTRecipe:
         known = {*GenerationConfig().to_dict(), *DecodingSettings.__dataclass_fields__, "image_to_image"}
         if unknown := self.generation.keys() - known:
             raise ValueError(f"generation {sorted(unknown)}: accepted are what `generate` takes")
+        if unknown := self.generation.get("image_to_image", {}).keys() - DecodingSettings.__dataclass_fields__.keys():
+            raise ValueError(f"generation.image_to_image {sorted(unknown)}: accepted are what `generate` samples by")
         for name, values in (("mixture", self.mixture), ("evaluation", self.evaluation)):
             if values is not None:
                 read_mixture(values, name)
@@ -153,12 +155,23 @@ class ChainRecipe:
     num_cases: int = 200
 
     def __post_init__(self):
-        if not self.stages or not all({"recipe"} <= stage.keys() <= {"recipe", "share"} for stage in self.stages):
+        if not self.stages or not all(_is_stage(stage) for stage in self.stages):
             raise ValueError(f"stages {self.stages}: accepted are a `recipe` and perhaps a `share` for each")
-        if abs(sum(stage.get("share", 0) for stage in self.stages) - 1) > 1e-6:
-            raise ValueError(f"stages {self.stages}: accepted are shares that are 1 together")
-        if not self.minutes > 0:
-            raise ValueError(f"minutes {self.minutes}: accepted are numbers above 0")
+        shares = [stage["share"] for stage in self.stages if "share" in stage]
+        if not all(_is_positive(share) for share in shares) or abs(sum(shares) - 1) > 1e-6:
+            raise ValueError(f"stages {self.stages}: accepted are shares above 0 that are 1 together")
+        if not _is_positive(self.minutes):
+            raise ValueError(f"minutes {self.minutes!r}: accepted are numbers above 0")
+        if not is_whole(self.num_cases, 2):
+            raise ValueError(f"num_cases {self.num_cases!r}: accepted are 2 and more")
+
+
+def _is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and value > 0
+
+
+def _is_stage(value: Any) -> bool:
+    return isinstance(value, dict) and {"recipe"} <= value.keys() <= {"recipe", "share"}
 
 
 def read_recipe(path: str | Path) -> dict[str, Any]:

@@ -23,6 +23,8 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageDraw
 
+from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
+
 from . import metrics
 from .trials import COLUMN_NAMES, CURVES, SCORED, Board, Trials
 
@@ -56,7 +58,10 @@ def run_scoreboard(
     In `output_dir`: scoreboard.json, rewritten after each task; scoreboard.md; curves.png; sheets/TASK.png.
 
     Args:
+        num_cases: of each task; of each kind of questions in words, as far as there are so many. Sentences come in
+            equal numbers of each category, at most 60 for each size and each point of a curve.
         height, width: in pixels; the model's default size if None.
+        seed: of the test cases and of what is drawn.
 
     Returns:
         What is in scoreboard.json.
@@ -87,7 +92,9 @@ def run_scoreboard(
         scores = _scores(trials)
         draw_sheet(task, trials).save(folder / "sheets" / f"{task}.png")
         report["tasks"][task] = {"seconds": round(time.monotonic() - start, 1), "scores": scores}
-        (folder / "scoreboard.json").write_text(json.dumps(report, indent=2) + "\n")
+        part = folder / "scoreboard.json.part"
+        part.write_text(json.dumps(report, indent=2) + "\n")
+        part.rename(folder / "scoreboard.json")
     if "curves" in report["tasks"]:
         draw_curves(report["tasks"]["curves"]["scores"]).save(folder / "curves.png")
     (folder / "scoreboard.md").write_text(format_table(report))
@@ -97,10 +104,11 @@ def run_scoreboard(
 
 def _opened(folder: Path, pipe: "LuminaMGPTPipeline", asked: dict) -> dict:
     """The report so far, of the same settings."""
-    settings = {**asked, "weights": _digest(pipe), "sampling": _sampling(pipe)}
+    dtype = str(pipe.transformer.dtype)
+    settings = {**asked, "weights": _digest(pipe), "dtype": dtype, "sampling": _sampling(pipe)}
     device, path = pipe.transformer.device, folder / "scoreboard.json"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    machine = {"device": f"{device.type} ({name})", "dtype": str(pipe.transformer.dtype), "torch": torch.__version__}
+    machine = {"device": f"{device.type} ({name})", "torch": torch.__version__}
     if not path.exists():
         model = pipe.transformer.config.name_or_path
         return {"model": model, "settings": settings, "machine": machine, "left_out": [], "tasks": {}}
@@ -112,12 +120,10 @@ def _opened(folder: Path, pipe: "LuminaMGPTPipeline", asked: dict) -> dict:
 
 
 def _sampling(pipe: "LuminaMGPTPipeline") -> dict:
-    names = (f"{phase}{name}" for phase in ("", "image_", "text_") for name in ("top_k", "temperature"))
+    """Of the defaults that are sampled by, those that the checkpoint sets."""
     config = pipe.transformer.generation_config
-    return {
-        name: getattr(config, name, None)
-        for name in (*names, "guidance_scale", "image_to_image", "do_sample", "decoding")
-    }
+    names = (*DecodingSettings.__dataclass_fields__, "top_k", "top_p", "temperature", "do_sample", "image_to_image")
+    return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 
 
 def _digest(pipe: "LuminaMGPTPipeline") -> str:
@@ -168,7 +174,7 @@ def _number(value: float | None, shown_unit: str, unit: str | None = None) -> st
 
 
 def draw_sheet(task: str, trials: Trials) -> Image.Image:
-    """The first cases: pictures under their headings, and what was said beside them."""
+    """Some cases, evenly spread: pictures under their headings, and what was said beside them."""
     rows = trials.shown[:: max(1, len(trials.shown) // NUM_SHOWN)][:NUM_SHOWN]
     times = max(1, 128 // max((p.height for _, pictures in rows for p in pictures), default=128))
     most = max(len(pictures) for _, pictures in rows)

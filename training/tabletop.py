@@ -2,7 +2,8 @@
 
 Scenes come from `tabletop_scenes.py`, pictures from `tabletop_renderer.py`, and what is said about them from
 `tabletop_language.py`. Train, validation and test are disjoint by construction: `HELD_OUT` combinations of shape,
-color and size never occur in training, nor do sets of objects kept for validation, nor sentences by their hash.
+color and size never occur in training, nor do sets of objects kept for validation, nor captions and dialogue by their
+hash. Questions, edits and phrases are the same in all three, of other scenes.
 """
 
 import random
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -32,7 +34,6 @@ from .tabletop_renderer import (
     SEGMENT_PALETTE,
     Rendering,
     depth_image,
-    find_joints,
     normal_image,
     render,
     segmentation_image,
@@ -56,6 +57,7 @@ from .tabletop_scenes import (
     describe,
     fits,
     in_test_split,
+    joints_px,
     noun_phrase,
     parse,
     sample_scene,
@@ -67,7 +69,7 @@ from .tabletop_scenes import (
 __all__ = [
     "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SEGMENT_PALETTE",
     "SHAPES", "SIZES", "SPLITS", "SURFACES", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject",
-    "TabletopSource", "depth_image", "describe", "find_joints", "in_test_split", "normal_image", "noun_phrase",
+    "TabletopSource", "depth_image", "describe", "in_test_split", "normal_image", "noun_phrase",
     "parse", "render", "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
     "tabletop_texts", "to_image",
 ]  # fmt: skip
@@ -167,7 +169,7 @@ class TabletopSource:
 
     def _draw(self, plans: list[Plan], size: tuple[int, int]) -> Iterator[dict[str, Any]]:
         scenes = [scene for plan in plans for scene in plan.scenes]
-        needs_maps = not {"box", "pose", *MAPS}.isdisjoint(COLUMNS[self.task])
+        needs_maps = not {"box", *MAPS}.isdisjoint(COLUMNS[self.task])
         rendering = render(scenes, *size, needs_maps) if scenes else Rendering(torch.empty(0))
         row = 0
         for plan in plans:
@@ -270,10 +272,10 @@ def _messages(turns: Sequence[tuple[str, str]]) -> list[dict[str, str]]:
 
 
 def _pose_picture(rendering: Rendering, rows: range, plan: Plan) -> Image.Image | None:
+    """With joints that are hidden, too: their place can be told from the others."""
     if plan.scenes[0].mannequin is None:
         return None
-    joints = find_joints(rendering, rows[0], plan.scenes[0]).numpy()
-    joints[:, 2] = 1  # hidden ones, too: their place can be told from the others
+    joints = np.pad(joints_px(plan.scenes[0], *plan.size), ((0, 0), (0, 1)), constant_values=1)  # all are to be drawn
     return draw_skeletons(joints[None], *plan.size, limbs=LIMBS)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from PIL import Image
 
-from .tabletop_mannequin import CAPSULES, JOINTS, Mannequin
+from .tabletop_mannequin import CAPSULES, Mannequin
 from .tabletop_mannequin import COLOR as MANNEQUIN_COLOR
 from .tabletop_scenes import (
     COLORS,
@@ -19,22 +19,22 @@ from .tabletop_scenes import (
     EDGE_DEPTH,
     EDGE_Z,
     FAR,
+    LIGHT_AZIMUTH,
     LIGHT_ELEVATION,
     NEAR,
     PITCH,
     SURFACES,
     TABLES,
     WALLS,
+    YAW,
     Scene,
     SceneObject,
     horizon_px,
-    project,
     projected_box,
     unit_px,
 )
 
 Hits = tuple[torch.Tensor, torch.Tensor]  # distances (objects, rays), inf for none, and normals (objects, rays, 3)
-MAX_FLESH = 0.3  # table units from the surface to a joint, if no other limb is in between
 
 
 @dataclass
@@ -52,15 +52,6 @@ class Rendering:
     depth: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     normals: torch.Tensor = field(default_factory=lambda: torch.empty(0))
     segmentation: torch.Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def outline(self) -> torch.Tensor:
-        """Edges of the objects, bool `(batch, height, width)`."""
-        seg = self.segmentation
-        edge = torch.zeros_like(seg, dtype=torch.bool)
-        edge[:, :, 1:] |= seg[:, :, 1:] != seg[:, :, :-1]
-        edge[:, 1:, :] |= seg[:, 1:, :] != seg[:, :-1, :]
-        return edge
 
     def boxes(self, row: int) -> list[tuple[int, int, int, int]]:
         """Pixel boxes (left, top, right, bottom), ends excluded, of the visible part of each object of scene `row`."""
@@ -107,10 +98,9 @@ def _shade(scenes: Sequence[Scene], origins: torch.Tensor, size: tuple[int, int]
     distance, normals, index = _intersect(scenes, origins, size)
     points = origins + distance[..., None] * _axes()[2]
     palette, bases, surfaces = _properties(scenes)
-    azimuth = torch.tensor([scene.light_azimuth for scene in scenes])
-    level, height = torch.full_like(azimuth, math.cos(LIGHT_ELEVATION)), math.sin(LIGHT_ELEVATION)
-    light = torch.stack([level * azimuth.sin(), torch.full_like(azimuth, height), -level * azimuth.cos()], -1)
-    lit = 0.42 + 0.10 * normals[..., 1] + 0.62 * (normals * light[:, None]).sum(-1).clamp(min=0)
+    level = math.cos(LIGHT_ELEVATION)
+    x, y, z = level * math.sin(LIGHT_AZIMUTH), math.sin(LIGHT_ELEVATION), -level * math.cos(LIGHT_AZIMUTH)
+    lit = 0.42 + 0.10 * normals[..., 1] + 0.62 * (normals * torch.tensor([x, y, z])).sum(-1).clamp(min=0)
     factor, gloss = _surface(points, bases.gather(1, index[..., None].expand(-1, -1, 3)), surfaces.gather(1, index))
     color = palette.gather(1, index[..., None].expand(-1, -1, 3)) * (lit * factor)[..., None] + gloss[..., None]
     tables = torch.tensor([TABLES[scene.table] for scene in scenes])[:, None]
@@ -210,15 +200,11 @@ def _hit_solids(shape: str, origins: torch.Tensor, forward: torch.Tensor, solids
     center = torch.tensor([[o.x, 0.0, o.z] for o in solids])[:, None]
     radius = torch.tensor([o.radius for o in solids])[:, None]
     height = torch.tensor([o.height for o in solids])[:, None]
-    turn = torch.stack([_turn(o.yaw) for o in solids])
+    cos, sin = math.cos(YAW), math.sin(YAW)
+    turn = torch.tensor([[cos, 0.0, sin], [0.0, 1.0, 0.0], [-sin, 0.0, cos]])
     local = (origins - center) @ turn
-    t, normals = _HITS[shape](local, (forward @ turn)[:, None].expand_as(local), radius, height)
+    t, normals = _HITS[shape](local, (forward @ turn).expand_as(local), radius, height)
     return t, normals @ turn.mT
-
-
-def _turn(yaw: float) -> torch.Tensor:
-    cos, sin = math.cos(yaw), math.sin(yaw)
-    return torch.tensor([[cos, 0.0, sin], [0.0, 1.0, 0.0], [-sin, 0.0, cos]])
 
 
 def _first_root(a, b, c):
@@ -362,18 +348,3 @@ def segmentation_image(segmentation: torch.Tensor, scene: Scene) -> torch.Tensor
     """Object indices `(height, width)` to RGB in [0, 1]: one color of `SEGMENT_COLORS` for each shape."""
     names = ("background", *(o.shape for o in scene.objects), "mannequin")
     return torch.tensor([SEGMENT_COLORS[name] for name in names])[segmentation]
-
-
-def find_joints(rendering: Rendering, row: int, scene: Scene) -> torch.Tensor:
-    """Where the mannequin's joints are in the picture of scene `row`, with maps: `(14, 3)`, x and y in pixels, and 1
-    for joints in sight, else 0: hidden by an object, or by another limb."""
-    if scene.mannequin is None:
-        raise ValueError("the scene has no mannequin")
-    height_px, width_px = rendering.segmentation.shape[1:]
-    points = torch.tensor(scene.mannequin.points[: len(JOINTS)])
-    x, y = torch.tensor([project(x, y, z, width_px, height_px) for x, y, z in points.tolist()]).unbind(-1)
-    rows, columns = y.long().clamp(0, height_px - 1), x.long().clamp(0, width_px - 1)
-    is_mannequin = rendering.segmentation[row][rows, columns] == len(scene.objects) + 1
-    depth = EDGE_DEPTH + (points - torch.tensor([0.0, 0.0, EDGE_Z])) @ _axes()[2]
-    is_near = depth - rendering.depth[row][rows, columns] < MAX_FLESH
-    return torch.stack([x, y, (is_mannequin & is_near).float()], -1)

@@ -18,7 +18,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from .tabletop_mannequin import CAPSULES, POSES, Mannequin, sample_mannequin
+import numpy as np
+
+from .tabletop_mannequin import CAPSULES, JOINTS, POSES, Mannequin, sample_mannequin
 
 SHAPES = ("sphere", "cube", "cylinder", "cone")
 SIZES = {"small": 0.66, "large": 1.0}  # half the width
@@ -39,7 +41,7 @@ TABLES = {
     "wooden": (0.68, 0.58, 0.47),
 }
 WALLS = ((0.93, 0.93, 0.92), (0.42, 0.44, 0.48))
-LIGHT_AZIMUTH, LIGHT_ELEVATION = -0.8, 0.9  # radians
+LIGHT_AZIMUTH, LIGHT_ELEVATION = -0.8, 0.9  # radians; azimuth 0 is from the viewer, positive from the right
 YAW = math.pi / 6  # of cubes
 
 PITCH = math.radians(35)  # of the view, downward
@@ -65,7 +67,6 @@ class SceneObject:
     size: str
     x: float
     z: float
-    yaw: float  # radians; matters for cubes only
     surface: str = "matte"
 
     @property
@@ -88,7 +89,6 @@ class Scene:
     objects: tuple[SceneObject, ...]
     table: str
     wall: int
-    light_azimuth: float = LIGHT_AZIMUTH  # radians, 0 is from the viewer, positive from the right
     mannequin: Mannequin | None = None
 
 
@@ -204,7 +204,7 @@ def _place(rng, combinations, width_px, height_px, mannequin=None) -> list[Scene
         shape, color, size = combinations[len(objects)]
         (surface,) = rng.choices(list(SURFACES), [*SURFACES.values()])
         x, z = rng.choice(places)
-        candidate = SceneObject(shape, color, size, x, z, YAW, surface)
+        candidate = SceneObject(shape, color, size, x, z, surface)
         if fits(candidate, [*objects, mannequin] if mannequin else objects, width_px, height_px):
             objects.append(candidate)
             if len(objects) == len(combinations):
@@ -259,6 +259,13 @@ def project(x: float, y: float, z: float, width_px: int, height_px: int) -> tupl
     scale = unit_px(width_px, height_px)
     up = y * math.cos(PITCH) + (z - EDGE_Z) * math.sin(PITCH)
     return width_px / 2 + scale * x, horizon_px(height_px) - scale * up
+
+
+def joints_px(scene: Scene, width_px: int, height_px: int) -> np.ndarray:
+    """Where the mannequin's joints are in a picture, hidden ones, too: `(14, 2)`, pixels from the left and the top."""
+    if scene.mannequin is None:
+        raise ValueError("the scene has no mannequin")
+    return np.array([project(*point, width_px, height_px) for point in scene.mannequin.points[: len(JOINTS)]])
 
 
 @lru_cache(maxsize=4096)

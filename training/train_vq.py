@@ -26,7 +26,8 @@ from PIL import Image
 
 from .degradation import degrade
 from .drawing import draw_box
-from .tabletop import MAPS, TabletopSource
+from .metrics import psnr, ssim
+from .tabletop import MAPS, TabletopSource, to_image
 
 
 @dataclass
@@ -37,26 +38,36 @@ class VQRecipe:
         output_dir: where the model goes, as `vqvae/`, with its scores and training state.
         model: the configuration of a `diffusers.VQModel` without attention, whose last two levels are equally wide.
         pictures: `size` (width_px, height_px) and number of `scenes` of each pool that is rendered.
-        crop_px: larger pictures are cropped to this, in steps of a patch.
         num_patches: how many the components and the codebook are of.
         num_steps: of the decoder.
+
+    Raises:
+        ValueError: for pools or levels of another form.
     """
 
     output_dir: str
     model: dict
     pictures: list[dict] = field(default_factory=lambda: [{"size": [64, 64], "scenes": 6000}])
-    crop_px: int = 64
     num_patches: int = 400_000
     batch_size: int = 16
     num_steps: int = 1500
     learning_rate: float = 1e-3
-    gradient_loss_weight: float = 0.5
     save_steps: int = 250
     seed: int = 0
+
+    def __post_init__(self):
+        for pool in self.pictures:
+            if not isinstance(pool, dict) or pool.keys() != {"size", "scenes"}:
+                raise ValueError(f"pictures {pool!r}: accepted are `size: [width_px, height_px]` and `scenes`")
+        widths = self.model.get("block_out_channels", ())
+        if len(widths) < 2 or widths[-1] != widths[-2]:
+            raise ValueError(f"model.block_out_channels {widths}: accepted are lists whose last two are equal")
 
 
 KINDS = {"image": 0.55, **dict.fromkeys(MAPS, 0.1), "other": 0.15}  # shares of a batch
 CHUNK = 32  # scenes rendered together
+CROP_PX = 64  # larger pictures are cropped to this, in steps of a patch
+GRADIENT_LOSS_WEIGHT = 0.5
 
 
 def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
@@ -64,7 +75,7 @@ def render_pictures(recipe: VQRecipe) -> list[np.ndarray]:
     pools = []
     for entry in recipe.pictures:
         (width_px, height_px), num_scenes = entry["size"], entry["scenes"]
-        path = Path(recipe.output_dir) / f"pictures-{width_px}x{height_px}px-{num_scenes}.npy"
+        path = Path(recipe.output_dir) / f"pictures-{width_px}x{height_px}px-{num_scenes}-{recipe.seed}.npy"
         if not path.exists():
             chunks = [range(i, min(i + CHUNK, num_scenes)) for i in range(0, num_scenes, CHUNK)]
             with ProcessPoolExecutor(initializer=torch.set_num_threads, initargs=(1,)) as workers:
@@ -101,7 +112,7 @@ def sample_batch(pools: list[np.ndarray], recipe: VQRecipe, rng: np.random.Gener
     """Crops of one pool in [-1, 1], `(batch, 3, height, width)`; a pool is as likely as it has scenes."""
     num_scenes = np.array([len(pool) for pool in pools])
     pool = pools[rng.choice(len(pools), p=num_scenes / num_scenes.sum())]
-    height, width = (min(side, recipe.crop_px) for side in pool.shape[2:4])
+    height, width = (min(side, CROP_PX) for side in pool.shape[2:4])
     patch, crops = _patch_px(recipe), []
     for kind in rng.choice(len(KINDS), recipe.batch_size, p=[*KINDS.values()]):
         top = patch * rng.integers(0, (pool.shape[2] - height) // patch + 1)
@@ -227,11 +238,11 @@ def find_centers(points: torch.Tensor, weights: torch.Tensor, num_centers: int, 
 # --- the decoder -----------------------------------------------------------------------------------------------------
 
 
-def reconstruction_loss(output: torch.Tensor, target: torch.Tensor, gradient_weight: float) -> torch.Tensor:
+def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """L1 + 4 x mean square + L1 of the picture's gradients (edges, which L1 alone blurs)."""
     loss = F.l1_loss(output, target) + 4 * F.mse_loss(output, target)
     for dim in (2, 3):
-        loss = loss + gradient_weight * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
+        loss = loss + GRADIENT_LOSS_WEIGHT * F.l1_loss(output.diff(dim=dim), target.diff(dim=dim))
     return loss
 
 
@@ -281,7 +292,7 @@ def _fit(model: VQModel, pools: list[np.ndarray], recipe: VQRecipe, path: Path) 
         with torch.no_grad():
             quantized, _, _ = model.quantize(model.encode(pixels).latents)
         output = model.decoder(model.post_quant_conv(quantized))
-        loss = reconstruction_loss(output, pixels, recipe.gradient_loss_weight)
+        loss = reconstruction_loss(output, pixels)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
@@ -325,29 +336,11 @@ def evaluate(model: VQModel, recipe: VQRecipe, num_scenes: int = 200, size_px: i
         _, _, (_, _, codes) = model.quantize(latents)
         counts += torch.bincount(codes.flatten().cpu(), minlength=len(counts))
         output = torch.cat([model.decode(chunk).sample for chunk in latents.split(32)]).clamp(-1, 1).cpu()
-        scores[f"psnr_{kind}"] = psnr(output, pixels)
-        scores[f"ssim_{kind}"] = ssim(output, pixels)
+        drawn = [to_image(picture) for picture in (output.movedim(1, -1) + 1) / 2]
+        for measure in (psnr, ssim):
+            pairs = zip(records, drawn, strict=True)
+            scores[f"{measure.__name__}_{kind}"] = float(np.mean([measure(r[kind], picture) for r, picture in pairs]))
     share = counts / counts.sum()
     scores["codes_used"] = (counts > 0).float().mean().item()
     scores["code_perplexity"] = torch.exp(-(share * share.clamp(min=1e-12).log()).sum()).item()
     return {key: round(value, 4) for key, value in scores.items()}
-
-
-def psnr(output: torch.Tensor, target: torch.Tensor) -> float:
-    """Mean over pictures of the peak signal-to-noise ratio in dB, for values in [-1, 1]."""
-    mse = ((output - target) / 2).square().flatten(1).mean(1).clamp(min=1e-10)
-    return (-10 * torch.log10(mse)).mean().item()
-
-
-def ssim(output: torch.Tensor, target: torch.Tensor, window: int = 7) -> float:
-    """Structural similarity (Wang et al. 2004) with a uniform window, for values in [-1, 1]."""
-
-    def mean(x: torch.Tensor) -> torch.Tensor:
-        return F.avg_pool2d(x, window, 1)
-
-    mu_x, mu_y = mean(output), mean(target)
-    var_x, var_y = mean(output**2) - mu_x**2, mean(target**2) - mu_y**2
-    covariance = mean(output * target) - mu_x * mu_y
-    c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2
-    score = (2 * mu_x * mu_y + c1) * (2 * covariance + c2) / ((mu_x**2 + mu_y**2 + c1) * (var_x + var_y + c2))
-    return score.mean().item()

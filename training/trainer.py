@@ -261,7 +261,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         if num_told:
             self._told_to_stop = True
         if num_told or self._is_time_up():
-            self.control.should_save = self.control.should_training_stop = True
+            self.control.should_log = self.control.should_save = self.control.should_training_stop = True
         step = self._named(totals)
         trouble = self._trouble(step["loss"] / max(step["predicted_tokens"], 1), float(norm))
         if trouble is None:
@@ -410,7 +410,7 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     def _run_epoch(self, *args, **kwargs):
         """As in stock, which would take one more step of a run that had ended within an epoch."""
-        self._minutes = self._minutes_so_far()
+        self._minutes = self._minutes or logged_minutes(self.state.log_history)  # the same in all processes
         if self.state.global_step < self.state.max_steps and not self._is_time_up():
             super()._run_epoch(*args, **kwargs)
         else:

@@ -24,10 +24,10 @@ from modeling_lumina_mgpt.uni_rep import best_bucket
 from . import metrics
 from .drawing import draw_box, draw_skeletons
 from .evaluate import CATEGORIES, Example, held_out_examples, judge, passes, true_pictures
-from .tabletop import HELD_OUT, Plan, Scene, TabletopSource
+from .tabletop import HELD_OUT, Plan, TabletopSource
 from .tabletop_mannequin import JOINTS, LIMBS
-from .tabletop_scenes import project, projected_box
-from .tasks import conversation, panel_sizes
+from .tabletop_scenes import joints_px, projected_box
+from .tasks import CONTROLS, conversation, panel_sizes
 
 if TYPE_CHECKING:
     from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
@@ -37,17 +37,17 @@ BATCH_SIZE = 32
 NUM_TRAINING, NUM_MAPS = 500, 100  # plans and maps that trivial answers are made of
 NUM_SENTENCES = 60  # for each size and each point of a curve
 NUM_EDITS = 3
-PANELS = 2  # what the recipes multiply `target_px` by for pictures of two panels
+PANEL_SCALE = 2  # what the recipes multiply `target_px` by for pictures of two panels
 TEXT_TOKENS = 128  # at most, in an answer
 SEEN = ("input", "truth", "ours")
 IMAGE_SIZES = ((64, 64), (80, 48), (48, 80), (96, 96), (112, 80), (128, 128), (160, 64))
 CURVES = {"guidance_scale": (1, 2, 3, 4, 5, 6, 7, 8), "image_temperature": (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)}
-CONTROLS, CONDITIONS = ("depth", "normal", "segmentation", "pose"), ("depth", "pose", "subject")
+CONDITIONS = ("depth", "pose", "subject")
 
 
 @dataclass
 class Trials:
-    """A task's cases, all answers to them, and what is to be seen of the first ones.
+    """A task's cases, all answers to them, and what is to be seen of some.
 
     Attributes:
         measure: called with a case and an answer.
@@ -184,7 +184,8 @@ def _draws_sentence(example: Example, picture: Image.Image) -> metrics.Values:
 def sizes(board: Board) -> Trials:
     """The same at several sizes; those "between buckets" are in no stage of the recipes."""
     uni_rep, target_px = board.processor.uni_rep, board.processor.target_px
-    buckets = {size for scale in (1, 1.5, 2) for size in uni_rep.buckets(int(target_px * scale))}
+    targets = [int(target_px * scale) for scale in (1, 1.5, 2)]
+    buckets = {size for px in targets if px % uni_rep.size_unit_px == 0 for size in uni_rep.buckets(px)}
     cases: list[tuple[str, Example]] = []
     answers: dict[str, list] = {column: [] for column in COLUMN_NAMES}
     shown = []
@@ -331,18 +332,13 @@ def pose(board: Board) -> Trials:
     plans, records = board.cases("pose")
     images, true = [r["image"] for r in records], [r["pose"] for r in records]
     ours = [a.picture for a in board.ask("pose", images=images)]
-    joints = [_joints(plan.scenes[0], board.size) for plan in board.training("pose")]
+    joints = [joints_px(plan.scenes[0], *board.size) for plan in board.training("pose")]
     mean = np.mean([own - (own.min(0) + own.max(0)) / 2 for own in joints], 0) + np.array(board.size) / 2  # (14, 2)
     people = np.concatenate([mean, np.ones((len(JOINTS), 1))], 1)[None]
     trivial = [draw_skeletons(people, *board.size, limbs=LIMBS)] * len(plans)
     answers = {"trivial": trivial, "ours": ours, "ceiling": board.through_vq(true)}
     shown = [("", [*row]) for row in zip(images, true, ours, strict=True)]
-    return Trials([_joints(plan.scenes[0], board.size) for plan in plans], metrics.pose, answers, SEEN, shown)
-
-
-def _joints(scene: Scene, size: tuple[int, int]) -> np.ndarray:
-    assert scene.mannequin is not None
-    return np.array([project(*point, *size) for point in scene.mannequin.points[: len(JOINTS)]])
+    return Trials([joints_px(plan.scenes[0], *board.size) for plan in plans], metrics.pose, answers, SEEN, shown)
 
 
 def detection(board: Board) -> Trials:
@@ -490,7 +486,8 @@ def panel(board: Board) -> Trials:
 
 def _panels(board: Board, task: str) -> Trials:
     """Answers are a picture and what the other half shows. Trivial is another case's picture."""
-    width, height = size = best_bucket(*board.size, panel_sizes(board.processor, PANELS * board.processor.target_px))
+    target_px = PANEL_SCALE * board.processor.target_px
+    width, height = size = best_bucket(*board.size, panel_sizes(board.processor, target_px))
     found = [*board.by_condition(task, size, CONDITIONS)]
     captions, true = ([record[name] for _, record in found] for name in ("caption", "image"))
     shown = [record["reference" if condition == "subject" else condition] for condition, record in found]

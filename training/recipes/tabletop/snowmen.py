@@ -2,7 +2,8 @@
 
     python training/recipes/tabletop/snowmen.py runs/snowmen
 
-A snowman is a large sphere with a small one on top of it, of one color, alone or beside a solid.
+A snowman is a large sphere with a small one on top of it, of one color, alone or beside a solid. Combinations that are
+held out for the test are not among the pictures.
 """
 
 import csv
@@ -14,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from modeling_lumina_mgpt.training.tabletop import SceneObject, noun_phrase, render, sample_scene, to_image
+from modeling_lumina_mgpt.training.tabletop import HELD_OUT, noun_phrase, render, sample_scene, to_image
 from modeling_lumina_mgpt.training.tabletop_scenes import SPACING, fits, left_to_right
 
-SIZE_PX = 64
+SIZE_PX, NUM_PICTURES = 64, 400
 RISE = 2 * SPACING["z"]  # what lies so far behind is seen where what lies on a large sphere is
 
 
@@ -29,7 +30,9 @@ def snowman(rng: random.Random) -> tuple[Image.Image, str]:
         body = replace(scene.objects[index], shape="sphere", size="large", surface="matte")
         head = replace(body, size="small", z=body.z + RISE)
         others = [o for i, o in enumerate(scene.objects) if i != index]
-        if all(fits(o, others, SIZE_PX, SIZE_PX) for o in (body, head)) and not any(_like(o, body) for o in others):
+        is_seen = not any(o.combination in HELD_OUT for o in (body, head, *others))
+        is_alone = not any((o.shape, o.color) == (body.shape, body.color) for o in others)
+        if is_seen and is_alone and all(fits(o, others, SIZE_PX, SIZE_PX) for o in (body, head)):
             break
     below, above = (replace(scene, objects=left_to_right([part, *others])) for part in (body, head))
     drawn = render([below, above], SIZE_PX, SIZE_PX, maps=True)
@@ -39,14 +42,10 @@ def snowman(rng: random.Random) -> tuple[Image.Image, str]:
     return Image.fromarray(pixels), " and ".join(names) + rng.choice(("", f" on a {scene.table} table"))
 
 
-def _like(o: SceneObject, body: SceneObject) -> bool:
-    return (o.shape, o.color) == (body.shape, body.color)
-
-
-def main(folder: Path, num_pictures: int = 400) -> None:
+def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
-    for i in range(num_pictures):
+    for i in range(NUM_PICTURES):
         picture, sentence = snowman(random.Random(f"snowman/{i}"))
         picture.save(folder / f"{i:03d}.png")
         rows.append((f"{i:03d}.png", sentence))
@@ -55,4 +54,6 @@ def main(folder: Path, num_pictures: int = 400) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("snowmen.py takes one folder, in which the pictures go")
     main(Path(sys.argv[1]))
