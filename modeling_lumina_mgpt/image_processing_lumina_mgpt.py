@@ -153,7 +153,7 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
         try:
             import cv2
         except ImportError as error:
-            raise ImportError("edges are found by OpenCV: pip install 'lumina-mgpt[canny]'") from error
+            raise ImportError("edges are found by OpenCV: pip install opencv-python-headless") from error
         return Image.fromarray(cv2.Canny(gray, low, high)).convert("RGB")
 
     def tile(self, image: Any, side_px: int) -> "Tiling":

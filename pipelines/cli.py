@@ -92,7 +92,7 @@ def generate(
 def complete(
     image: Annotated[Path, typer.Argument(help="What the picture begins with at its top.")],
     prompt: Prompt,
-    output: Output = Path("picture.png"),
+    output: Output = Path("completed.png"),
     size: Size = None,
     seed: Seed = None,
     guidance_scale: Guidance = None,
@@ -109,7 +109,7 @@ def complete(
 def edit(
     image: ImageFile,
     instruction: Annotated[str, typer.Argument(help="What to change.")],
-    output: Output = Path("picture.png"),
+    output: Output = Path("edited.png"),
     seed: Seed = None,
     guidance_scale: Guidance = None,
     model: Model = None,
@@ -125,7 +125,7 @@ def edit(
 def control(
     image: Annotated[Path, typer.Argument(help="A depth, normal, pose or segmentation map.")],
     prompt: Prompt,
-    output: Output = Path("picture.png"),
+    output: Output = Path("controlled.png"),
     condition: Annotated[
         str | None, typer.Option(help="What IMAGE is, for Lumina-mGPT 2.0: depth, canny (or a photo), hed, pose, ...")
     ] = None,
@@ -257,7 +257,7 @@ def tokenize(
 
     loaded = load_recipe(recipe)
     if not isinstance(loaded, SFTRecipe):
-        raise ValueError(f"{recipe}: what can be tokenized is the mixture of trainer 'sft'")
+        raise ValueError(f"{recipe}: a {type(loaded).__name__}; what can be tokenized is the mixture of trainer 'sft'")
     if out is None and (loaded.tokenized is None or loaded.tokenized.startswith(tokenize_dataset.HUB)):
         raise ValueError(f"{recipe}: tokenized {loaded.tokenized!r} is no folder: name one as OUT")
     tokenize_dataset.tokenize_recipe(loaded, out or loaded.tokenized)
@@ -347,14 +347,22 @@ def push(
     repo_id: Annotated[str, typer.Argument(help="NAMESPACE/NAME on the Hub.")],
 ):
     """Upload FOLDER, a model with its card and its code or an adapter, to the Hub."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError
 
     if not any((folder / name).is_file() for name in ("model_index.json", "adapter_model.safetensors")):
         raise ValueError(f"{folder} has no model_index.json: not a model's folder; nor is it an adapter's")
     api = HfApi()
     ignored = ["trainer/*", "data/*", "samples/*", "*__pycache__*", "source.json", "training_args.bin"]
-    repo = api.create_repo(repo_id, exist_ok=True)
-    typer.echo(api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored).commit_url)
+    try:
+        repo = api.create_repo(repo_id, exist_ok=True)
+        pushed = api.upload_folder(repo_id=repo.repo_id, folder_path=folder, ignore_patterns=ignored)
+    except HfHubHTTPError as error:
+        hint = "log in with `hf auth login`, or set HF_TOKEN: " if error.response.status_code in (401, 403) else ""
+        raise OSError(f"{repo_id}: {hint}{error}") from error
+    except HfHubHTTPError.__bases__[0] as error:  # the HTTP library's own, which differs between versions
+        raise OSError(f"{constants.ENDPOINT} cannot be reached: {error}") from error
+    typer.echo(pushed.commit_url)
 
 
 def _draw(
@@ -373,6 +381,8 @@ def _draw(
     call |= {"output_type": "np" if suffix == ".npy" else "pil", "allow_untrained": allow_untrained, **_size(size)}
     if suffix != ".npy" and Image.registered_extensions().get(suffix) not in Image.SAVE:
         raise ValueError(f"output {output}: accepted is a name with a picture's ending, such as picture.png, or .npy")
+    if (given := call.get("image")) is not None and given.resolve() == output.resolve():
+        raise ValueError(f"output {output} is the picture that is read: name another one")
     try:
         answer: Any = _load(model, lora)(generator=_generator(seed), **call)
     except VerifierError as error:

@@ -364,7 +364,7 @@ def test_a_chain_ends_with_a_model_to_score(recipe, tmp_path, tiny_vqvae):
         ({"stages": [{"recipe": "a.yaml", "share": 0.5}]}, "that are 1 together"),
         ({"stages": [{"recipe": "a.yaml", "part": 1}]}, "a `recipe` and perhaps a `share`"),
         ({"stages": ["a.yaml"]}, "a `recipe` and perhaps a `share`"),
-        ({"stages": [{"recipe": "a.yaml", "share": s} for s in (2, -1)]}, "shares above 0"),
+        ({"stages": [{"recipe": "a.yaml", "share": s} for s in (2, -1)]}, "numbers above 0 that are 1 together"),
         ({"minutes": 0}, "minutes 0: accepted are numbers above 0"),
         ({"num_cases": 0}, "num_cases 0: accepted are 2 and more"),
     ],

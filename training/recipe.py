@@ -1,6 +1,7 @@
 """What a run is told: recipes in YAML, checked before anything is loaded, and the libraries' own settings in them."""
 
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,10 @@ class SFTRecipe:
         )
         if self.from_scratch and not shape >= self.from_scratch.keys() >= shape - {"config"}:
             raise ValueError(f"from_scratch {sorted(self.from_scratch)}: accepted are {', '.join(sorted(shape))}")
+        for name, kind in (("sft", SFTConfig), ("lora", LoraConfig)):
+            for unknown in (getattr(self, name) or {}).keys() - kind.__dataclass_fields__.keys():
+                like = get_close_matches(unknown, kind.__dataclass_fields__) or ["the fields of " + kind.__name__]
+                raise ValueError(f"{name}: {unknown!r} is no setting; accepted are {', '.join(like)}")
         if unknown := self.config.keys() - LuminaMGPTConfig.__dataclass_fields__.keys():
             raise ValueError(f"config {sorted(unknown)}: accepted are the fields of LuminaMGPTConfig")
         known = {*GenerationConfig().to_dict(), *DecodingSettings.__dataclass_fields__, "image_to_image"}
@@ -159,7 +164,7 @@ class ChainRecipe:
             raise ValueError(f"stages {self.stages}: accepted are a `recipe` and perhaps a `share` for each")
         shares = [stage["share"] for stage in self.stages if "share" in stage]
         if not all(_is_positive(share) for share in shares) or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"stages {self.stages}: accepted are shares above 0 that are 1 together")
+            raise ValueError(f"the shares are {shares}: accepted are numbers above 0 that are 1 together")
         if not _is_positive(self.minutes):
             raise ValueError(f"minutes {self.minutes!r}: accepted are numbers above 0")
         if not is_whole(self.num_cases, 2):
