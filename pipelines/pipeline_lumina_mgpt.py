@@ -85,7 +85,7 @@ from diffusers import DiffusionPipeline
 
 pipe = DiffusionPipeline.from_pretrained("{base}", trust_remote_code=True)
 pipe.load_lora_weights("{name}")  # this folder or repo
-pipe("a large red sphere").images[0].save("picture.png")
+pipe("what it was trained to draw").images[0].save("picture.png")
 ```
 """
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "token", "revision")
@@ -960,7 +960,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         save_file(tensors, folder / LORA_FILES[1], metadata={"format": "pt"})
         if not (folder / "README.md").exists():
             is_repo = not Path(base).exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", base)
-            base = base if is_repo else Path(base).name
+            base = base if is_repo else f"path/to/{Path(base).name}"  # on whose machine, nobody needs to know
             targets = sorted({key.partition(".lora_")[0].rpartition(".")[2] for key in weights if ".lora_" in key})
             values = {"base": base, "name": folder.name, "rank": config.r, "targets": ", ".join(targets)}
             card = LORA_CARD.format(base_model=f"base_model: {base}\n" if is_repo else "", **values)
