@@ -353,6 +353,7 @@ def push(
     if not any((folder / name).is_file() for name in ("model_index.json", "adapter_model.safetensors")):
         raise ValueError(f"{folder} has no model_index.json: not a model's folder; nor is it an adapter's")
     api = HfApi()
+    http_error: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which differs between versions
     ignored = ["trainer/*", "data/*", "samples/*", "*__pycache__*", "source.json", "training_args.bin"]
     try:
         repo = api.create_repo(repo_id, exist_ok=True)
@@ -360,7 +361,7 @@ def push(
     except HfHubHTTPError as error:
         hint = "log in with `hf auth login`, or set HF_TOKEN: " if error.response.status_code in (401, 403) else ""
         raise OSError(f"{repo_id}: {hint}{error}") from error
-    except HfHubHTTPError.__bases__[0] as error:  # the HTTP library's own, which differs between versions
+    except http_error as error:
         raise OSError(f"{constants.ENDPOINT} cannot be reached: {error}") from error
     typer.echo(pushed.commit_url)
 
