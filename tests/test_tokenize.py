@@ -143,17 +143,17 @@ def test_a_killed_run_goes_on_where_it_was(tiny_processor, saved, tmp_path, num_
 
 @pytest.mark.parametrize("name", ["README.md", "mixture.json"])
 def test_a_kill_before_the_first_shard_is_no_other_folder(tiny_processor, saved, tmp_path, monkeypatch, name):
-    mixed, out, write = mixture(saved), tmp_path / "out", tokenize_dataset._write
+    mixed, out, write = mixture(saved), tmp_path / "out", tokenize_dataset.write_whole
 
     def killed(path, content):
         if path.name == name:
             raise KeyboardInterrupt
         write(path, content)
 
-    monkeypatch.setattr(tokenize_dataset, "_write", killed)
+    monkeypatch.setattr(tokenize_dataset, "write_whole", killed)
     with pytest.raises(KeyboardInterrupt):
         tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
-    monkeypatch.setattr(tokenize_dataset, "_write", write)
+    monkeypatch.setattr(tokenize_dataset, "write_whole", write)
     tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
     assert len(load_tokenized(mixed, tiny_processor, out, MAX_LENGTH)) == 30
 

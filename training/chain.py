@@ -17,6 +17,7 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 from . import sft, train_vq
 from .card import write_card
+from .files import write_whole
 from .recipe import ChainRecipe, SFTRecipe, load_recipe
 from .scoreboard import run_scoreboard
 from .train_vq import VQRecipe
@@ -50,9 +51,7 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
         else:
             sft.train(recipe)
         finished.append(name)
-        part = path.with_suffix(".part")
-        part.write_text(json.dumps(finished) + "\n")
-        part.rename(path)
+        write_whole(path, (json.dumps(finished) + "\n").encode())
     minutes = {Path(r.output_dir).name: _minutes(r) for r in stages.values() if isinstance(r, SFTRecipe)}
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
     pipe, scores = LuminaMGPTPipeline.from_pretrained(last.output_dir).to(device), path.with_name("scores")

@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
 
 from . import metrics
+from .files import write_whole
 from .trials import COLUMN_NAMES, CURVES, SCORED, Board, Trials
 
 if TYPE_CHECKING:
@@ -92,9 +93,7 @@ def run_scoreboard(
         scores = _scores(trials)
         draw_sheet(task, trials).save(folder / "sheets" / f"{task}.png")
         report["tasks"][task] = {"seconds": round(time.monotonic() - start, 1), "scores": scores}
-        part = folder / "scoreboard.json.part"
-        part.write_text(json.dumps(report, indent=2) + "\n")
-        part.rename(folder / "scoreboard.json")
+        write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
     if "curves" in report["tasks"]:
         draw_curves(report["tasks"]["curves"]["scores"]).save(folder / "curves.png")
     (folder / "scoreboard.md").write_text(format_table(report))

@@ -23,7 +23,6 @@ from dataclasses import asdict
 from itertools import count, islice
 from multiprocessing import get_context, parent_process
 from pathlib import Path
-from socket import gethostname
 from threading import Thread
 from typing import Any
 
@@ -37,6 +36,7 @@ from tqdm.auto import tqdm
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTProcessor
 
+from .files import write_whole
 from .folders import make_start
 from .mixture import Mixture, MixtureReader, Skipped, Source, read_mixture
 from .recipe import SFTRecipe
@@ -201,9 +201,10 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{folder} holds something else: tokenizing needs a folder of its own")
         sources = manifest["mixture"]["sources"]
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / "README.md", (CARD + "".join(f"| {s['path']} | {s['task']} |\n" for s in sources)).encode())
+        card = CARD + "".join(f"| {s['path']} | {s['task']} |\n" for s in sources)
+        write_whole(folder / "README.md", card.encode())
         (folder / "data").mkdir(exist_ok=True)  # after the card, by which the folder is known as such
-        _write(folder / "mixture.json", json.dumps(manifest, indent=2).encode())
+        write_whole(folder / "mixture.json", json.dumps(manifest, indent=2).encode())
     _check(folder, manifest)
 
 
@@ -318,7 +319,7 @@ def _make_shard(path: Path, rows: list[dict[str, Any]], reader: MixtureReader | 
     with pq.ParquetWriter(content, schema) as writer:
         if kept:  # `datasets` cannot read a group of no rows
             writer.write_table(pa.Table.from_pylist(kept, schema))
-    _write(path, content.getvalue())
+    write_whole(path, content.getvalue())
     return notes
 
 
@@ -328,35 +329,6 @@ def _notes(path: Path) -> dict[str, Any]:
 
 def _count(skipped: Skipped, notes: dict[str, Any]) -> None:
     skipped.add(notes["source"], notes["num_seen"], dict(notes["skipped"]))
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that appears when it is whole and on the disk; what a killed process has left of it goes."""
-    for part in path.parent.glob(f".{path.name}.*.part"):
-        if not _is_written(part):
-            part.unlink(missing_ok=True)
-    part = path.with_name(f".{path.name}.{gethostname()}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    directory = os.open(path.parent, os.O_RDONLY)
-    os.fsync(directory)
-    os.close(directory)
-
-
-def _is_written(part: Path) -> bool:
-    """Whether somebody may still write this temporary file, which takes a second or so."""
-    *_, pid, _ = part.name.split(".")
-    try:
-        if f".{gethostname()}.{pid}." in part.name:
-            os.kill(int(pid), 0)
-        return time.time() - part.stat().st_mtime < 60
-    except PermissionError:  # another user's
-        return True
-    except (ProcessLookupError, FileNotFoundError):
-        return False
 
 
 def _finish(folder: Path, mixture: Mixture) -> None:
@@ -370,4 +342,4 @@ def _finish(folder: Path, mixture: Mixture) -> None:
         for number, (source, reasons) in enumerate(zip(mixture.sources, skipped.reasons, strict=True))
         for index, reason in sorted(reasons.items())
     ]
-    _write(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
+    write_whole(folder / "skipped.jsonl", "".join(json.dumps(line) + "\n" for line in lines).encode())
