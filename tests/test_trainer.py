@@ -139,6 +139,14 @@ def test_packing_fills_rows_and_refuses_nothing_that_fits():
     assert sorted(record["input_ids"][0] for row in rows for record in row["records"]) == [*range(6)]
 
 
+def test_packed_rows_are_all_as_long_as_they_may_be(make_trainer, records):
+    collator = make_trainer().data_collator
+    collator.row_length = 128
+    (short, *_), row = sorted(pack(records, 128), key=lambda row: row["length"]), records[0]
+    assert collator([short])["input_ids"].shape == (1, 128)
+    assert collator([row])["input_ids"].shape == (1, row["length"])
+
+
 def test_context_drop_in_packed_rows_leaves_the_picture_alone(make_trainer, records, tiny_processor):
     trainer = make_trainer(dataset=pack(records, 128), context_drop=1.0)
     batch = trainer.data_collator(list(trainer.train_dataset))
@@ -178,9 +186,29 @@ def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
     assert orders[0] != orders[1] and sorted(orders[0]) == [*range(12)]
 
 
-@pytest.mark.parametrize("stop_after", [1, 3, 4])
-def test_a_run_resumes_bit_for_bit(make_trainer, stop_after):
-    shares = {"context_drop": 0.5, "history_noise": 0.5}
+def test_muon_has_the_layers_matrices_and_adamw_all_else(make_trainer):
+    trainer = make_trainer(options={"muon": True}, weight_decay=0.1)
+    optimizer = trainer.create_optimizer()
+    names = {weight: name for name, weight in trainer.model.named_parameters()}
+    found = {
+        part: {names[weight] for group in own.param_groups for weight in group["params"]}
+        for part, own in optimizer.parts.items()
+    }
+    assert found["muon"] == {name for name in names.values() if name.endswith("_proj.weight")}
+    assert found["adamw"] == {*names.values()} - found["muon"]
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < found["adamw"]
+    before = weights(trainer)
+    for weight in names:
+        weight.grad = torch.ones_like(weight)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0  # as a scheduler sets it, in both
+    optimizer.step()
+    assert same(before, weights(trainer))
+
+
+@pytest.mark.parametrize(("stop_after", "muon"), [(1, False), (3, True), (4, False)])
+def test_a_run_resumes_bit_for_bit(make_trainer, stop_after, muon):
+    shares = {"context_drop": 0.5, "history_noise": 0.5, "options": {"muon": muon}}
     whole = make_trainer("whole", max_steps=5, **shares)
     whole.train()
     half = make_trainer("halves", max_steps=5, **shares)

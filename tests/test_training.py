@@ -18,6 +18,7 @@ from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training import chain, train_vq
+from modeling_lumina_mgpt.training.folders import new_pipeline
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe, lora_config, sft_config
 from modeling_lumina_mgpt.training.sft import train
@@ -200,6 +201,25 @@ def test_a_shape_like_anothers_with_new_weights(recipe, start, tmp_path):
     )
 
 
+def test_a_new_models_codes_begin_alike_in_embeddings_and_head(tmp_path, tiny_vqvae):
+    tiny_vqvae.save_pretrained(tmp_path)
+    pipe = new_pipeline(
+        {
+            "vqvae": str(tmp_path),
+            "tokenizer": {"num_sizes": 4, "vocab_size": 600},
+            "processor": {"size_unit_px": 16, "codes_per_size_unit": 2, "target_px": 64},
+            "config": {"hidden_size": 128, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2},
+        }
+    )
+    model, code_ids = pipe.transformer, pipe.processor.uni_rep.code_ids
+    embeddings, head = model.get_input_embeddings().weight[code_ids], model.get_output_embeddings().weight[code_ids]
+    products = embeddings @ head.T  # of each code's embedding with each code's row of the head
+    own, others = products.diagonal().mean(), products[~torch.eye(len(code_ids), dtype=torch.bool)].mean()
+    assert own > 4 * others.abs() and own > 0
+    words = pipe.processor.tokenizer.convert_ids_to_tokens(pipe.processor.tokenizer("What is 11 + 37?").input_ids)
+    assert [word for word in words if word.strip("Ġ").isdigit()] == ["1", "1", "3", "7"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("lora", "rate"), [(None, 2e-3), ({"r": 16, "lora_alpha": 32}, 4e-3)], ids=["full", "LoRA"])
 def test_one_picture_is_learned_by_heart(recipe, tmp_path, lora, rate):
@@ -254,6 +274,7 @@ def test_recipes_can_be_read(path):
         ({"trainer": "rl"}, "trainer 'rl'; accepted are vq, sft, chain"),
         ({"max_minutes": 0}, "max_minutes 0: accepted are numbers above 0"),
         ({"cooldown": 2}, "cooldown 2: accepted are 0 to 1"),
+        ({"muon": True, "lora": {"r": 4}}, "muon: true: with `lora`, accepted is false"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):

@@ -52,12 +52,16 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
 
 @torch.no_grad()
 def _start_codes_alike(model: LuminaMGPTForConditionalGeneration, vqvae: VQModel, code_ids: torch.Tensor) -> None:
-    """Adds a random projection of the codebook to the embeddings of codes: those that look alike begin alike."""
+    """Adds one random projection of the codebook to the codes' rows of embeddings and head.
+
+    Codes that look alike begin alike, and what attention brings from an embedding is near the head's row of that code:
+    most answers copy most of a given picture.
+    """
     codes = vqvae.quantize.embedding.weight.float()  # (codes, components)
     codes = (codes - codes.mean(0)) / codes.std(0).sqrt()
     codes = codes / codes.norm(dim=1).mean()
+    projection = model.config.initializer_range * torch.randn(codes.shape[1], model.config.hidden_size)
     for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-        projection = model.config.initializer_range * torch.randn(codes.shape[1], model.config.hidden_size)
         embeddings.weight[code_ids] += codes @ projection
 
 

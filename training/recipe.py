@@ -45,7 +45,7 @@ class SFTRecipe:
         lora: values of `peft.LoraConfig`: train an adapter alone. On attention and MLP unless `target_modules` differ.
         quantization: values of `BitsAndBytesConfig` for the model under the adapter (QLoRA).
         samples: `steps` and `prompts`: as often, draw these into `output_dir/samples` and what is reported to.
-        spike_factor, max_skipped_steps, max_minutes, cooldown: as in `LuminaMGPTTrainer`.
+        muon, spike_factor, max_skipped_steps, max_minutes, cooldown: as in `LuminaMGPTTrainer`.
         config: values of the model's configuration that are other than in `model`, such as `residual_dropout`.
         generation: defaults written to `generation_config.json`.
 
@@ -68,6 +68,7 @@ class SFTRecipe:
     lora: dict[str, Any] | None = None
     quantization: dict[str, Any] | None = None
     samples: dict[str, Any] | None = None
+    muon: bool = False
     spike_factor: float = 3.0
     max_skipped_steps: int = 10
     max_minutes: float | None = None
@@ -90,6 +91,8 @@ class SFTRecipe:
             raise ValueError(
                 f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
             )
+        if self.muon and self.lora is not None:
+            raise ValueError("muon: true: with `lora`, accepted is false")
         for name in ("context_drop", "history_noise", "cooldown"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {share}: accepted are 0 to 1")

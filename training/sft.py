@@ -63,6 +63,8 @@ def train(recipe: SFTRecipe) -> None:
     layout = processor.uni_rep
     common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
     common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed, "code_ids": layout.code_ids}
+    training = {"context_drop": recipe.context_drop, "history_noise": recipe.history_noise, "encode": encode}
+    training["row_length"] = recipe.pack_tokens or 0
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
@@ -72,12 +74,11 @@ def train(recipe: SFTRecipe) -> None:
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluated,
-        data_collator=Collator(
-            **common, context_drop=recipe.context_drop, history_noise=recipe.history_noise, encode=encode
-        ),
+        data_collator=Collator(**common, **training),
         eval_collator=Collator(**common),
         processing_class=processor.tokenizer,
         peft_config=adapter,
+        muon=recipe.muon,
         spike_factor=recipe.spike_factor,
         max_skipped_steps=recipe.max_skipped_steps,
         max_minutes=recipe.max_minutes,

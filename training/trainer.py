@@ -33,6 +33,8 @@ from trl import SFTTrainer
 
 from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL
 
+from .optimizer import MuonWithAdamW, layer_matrices
+
 WHOLE = "whole"  # the file that a checkpoint gets last
 LOGGED = 40  # log entries whose median loss a spike is measured by; with fewer than five losses there are no spikes
 # Dense bfloat16 FLOPs a second, from the makers' data sheets.
@@ -62,6 +64,7 @@ class Collator:
         tasks: names that `task_ids` count.
         context_drop: probability of dropping a record's context.
         history_noise: of a record's predicted codes, up to this share is replaced by others of them in `input_ids`.
+        row_length: to which packed rows are padded, so that all batches have one shape, and are compiled once.
         encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
     """
 
@@ -72,6 +75,7 @@ class Collator:
     tasks: Sequence[str]
     context_drop: float = 0.0
     history_noise: float = 0.0
+    row_length: int = 0
     seed: int = 0
     encode: Callable[[list[dict], int], list[dict]] | None = None
     shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
@@ -101,7 +105,8 @@ class Collator:
             records = self.encode(records, self.epoch)
         ready = iter([self._ready(record) for record in records])
         lines = [[next(ready) for _ in row["records"]] for row in rows] if packed else [[one] for one in ready]
-        length = max(sum(len(ids) for ids, _, _ in line) for line in lines)
+        longest = max(sum(len(ids) for ids, _, _ in line) for line in lines)
+        length = max(longest, self.row_length) if packed else longest
         batch = {
             "input_ids": [_joined([ids for ids, _, _ in line], length, self.pad_id) for line in lines],
             "labels": [_joined([labels for _, labels, _ in line], length, IGNORED_LABEL) for line in lines],
@@ -178,6 +183,7 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     Args:
         eval_collator: of the evaluation's data; the training's would drop contexts.
+        muon: the layers' matrices get torch's Muon, whatever else AdamW; not where weights are sharded.
         spike_factor: a step whose loss is above so many times the median of those logged before is left out.
         max_skipped_steps: after so many steps in a row that were left out, the run ends.
         max_minutes: of training, after which the run ends; all of its sessions together, without evaluations.
@@ -200,6 +206,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         self,
         *args,
         eval_collator: Collator | None = None,
+        muon: bool = False,
         spike_factor: float = 3.0,
         max_skipped_steps: int = 10,
         max_minutes: float | None = None,
@@ -212,6 +219,9 @@ class LuminaMGPTTrainer(SFTTrainer):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.eval_collator = eval_collator or self.data_collator
+        if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            raise ValueError("muon: true needs whole matrices; accepted where weights are sharded is false")
+        self.muon = muon
         self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
         self.max_minutes, self.cooldown, self._minutes = max_minutes, cooldown, 0.0
         self.extra_metrics = extra_metrics
@@ -224,7 +234,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         self._told_to_stop, self._saved_step = False, -1
         # stock would remove the old before the new is whole
         self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None
-        self._peak_flops = peak_flops(self.args.device) * self.args.world_size
+        self._peak_flops = peak_flops(self.args.device, self.args.bf16) * self.args.world_size
 
     # The loss
 
@@ -307,6 +317,13 @@ class LuminaMGPTTrainer(SFTTrainer):
                 f"{self._num_skipped} steps in a row were left out, the last because {trouble}; look at the data or "
                 f"lower the learning rate; the last whole checkpoint: {last}"
             )
+
+    def create_optimizer(self, model=None):
+        """As in stock, or with Muon for the layers' matrices."""
+        if self.muon and self.optimizer is None:
+            adamw = super().create_optimizer(model)
+            self.optimizer = MuonWithAdamW(adamw, layer_matrices(model or self.model))
+        return super().create_optimizer(model)
 
     # The time
 
@@ -493,13 +510,13 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def peak_flops(device: torch.device) -> float:
+def peak_flops(device: torch.device, in_bf16: bool) -> float:
     """FLOPs a second that a device can do: as its maker says, or as the best of a few large products shows."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in name]
     if known:
         return known[0]
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = torch.bfloat16 if in_bf16 else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a = torch.zeros(size, size, device=device, dtype=dtype)
     seconds: list[float] = []
