@@ -43,6 +43,24 @@ app = typer.Typer(
     help="Pictures and text with Lumina-mGPT, Lumina-mGPT 2.0 and PURE.",
 )
 
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(version("lumina-mgpt"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+):
+    pass
+
+
 MAX_SEED = 2**64 - 1
 Prompt = Annotated[str, typer.Argument(help="What to draw.")]
 ImageFile = Annotated[Path, typer.Argument(help="The picture to start from.")]
@@ -146,7 +164,7 @@ def control(
 def predict(
     task: Annotated[str, typer.Argument(help="depth, normal, pose, segmentation, detection, refine, caption or vqa.")],
     image: ImageFile,
-    prompt: Annotated[str | None, typer.Option(help="What to detect or to ask.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="What to detect or to ask.")] = None,
     output: Output = Path("prediction.png"),
     seed: Seed = None,
     model: Model = None,
@@ -238,9 +256,11 @@ def merge(
     model: Annotated[str | None, typer.Option(help="What training started from, if SOURCE does not say.")] = None,
 ):
     """Make a model that every loader reads of what training has spread out."""
+    from modeling_lumina_mgpt.checkpoints import existing
     from modeling_lumina_mgpt.training.merge import merge as run
 
-    run(source, out, None if model is None else _existing(model, "model"))
+    run(source, out, None if model is None else existing(model, "model"))
+    typer.echo(f"the model is in {out}")
 
 
 @app.command()
@@ -266,9 +286,13 @@ def tokenize(
 @app.command()
 def evaluate(
     output_dir: Annotated[Path, typer.Option(help="Where the scores and contact sheets go.")] = Path("scores"),
-    num_per_category: Annotated[int, typer.Option(min=1, help="Without --all, sentences in each category.")] = 50,
+    num_per_category: Annotated[
+        int | None, typer.Option(min=1, help="Without --all, sentences in each category; 50 if not given.")
+    ] = None,
     all_tasks: Annotated[bool, typer.Option("--all", help="Score every task; what was stopped goes on.")] = False,
-    num_cases: Annotated[int, typer.Option(min=2, help="With --all, cases of each task.")] = 200,
+    num_cases: Annotated[
+        int | None, typer.Option(min=2, help="With --all, cases of each task; 200 if not given.")
+    ] = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the cases.")] = 0,
     guidance_scale: Guidance = None,
@@ -281,14 +305,18 @@ def evaluate(
     if all_tasks:
         if guidance_scale is not None or best_of > 1:
             raise ValueError("--all takes neither guidance-scale nor best-of: it scores the checkpoint's own settings")
+        if num_per_category is not None:
+            raise ValueError(f"num-per-category {num_per_category} with --all: accepted there is --num-cases")
         from modeling_lumina_mgpt.training.scoreboard import run_scoreboard
 
-        run_scoreboard(_load(model, lora), output_dir, num_cases, **options)
+        run_scoreboard(_load(model, lora), output_dir, num_cases or 200, **options)
         return
+    if num_cases is not None:
+        raise ValueError(f"num-cases {num_cases} without --all: accepted there is --num-per-category")
     from modeling_lumina_mgpt.training.evaluate import run_evaluation
 
     options |= {"guidance_scale": guidance_scale, "best_of": best_of}
-    run_evaluation(_load(model, lora), output_dir, num_per_category, **options)
+    run_evaluation(_load(model, lora), output_dir, num_per_category or 50, **options)
 
 
 @app.command()
@@ -419,11 +447,13 @@ def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:
 def _verifier(name: str | None):
     if name is None:
         return None
+    from modeling_lumina_mgpt.checkpoints import existing
+
     from .verifiers import CLIPVerifier, TabletopVerifier
 
     if name == "tabletop":
         return TabletopVerifier()
-    return CLIPVerifier(_existing(name, "verifier", '"tabletop", '))
+    return CLIPVerifier(existing(name, "verifier", '"tabletop", '))
 
 
 def _prompt_enhancer(model: str | None, url: str | None):
@@ -473,18 +503,18 @@ def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeli
     import torch
     from transformers.utils import logging
 
-    from modeling_lumina_mgpt.checkpoints import default_checkpoint
+    from modeling_lumina_mgpt.checkpoints import default_checkpoint, existing
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
-    folder = default_checkpoint() if model is None else _existing(model, "model")
+    folder = default_checkpoint() if model is None else existing(model, "model")
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
     weights = {}
     for name, weight in map(_weighed, lora or []):
-        pipe.load_lora_weights(_existing(name, "lora"))
+        pipe.load_lora_weights(existing(name, "lora"))
         weights[pipe.get_active_adapters()[0]] = weight
     if weights:
         pipe.set_adapters([*weights], [*weights.values()])
@@ -495,10 +525,3 @@ def _weighed(lora: str) -> tuple[str, float]:
     """NAME:WEIGHT in two; the weight is 1 if not given."""
     match = re.fullmatch(r"(.+):(-?\d+(?:\.\d+)?)", lora)
     return (match[1], float(match[2])) if match else (lora, 1.0)
-
-
-def _existing(name: str, what: str, others: str = "") -> str:
-    """A folder, or what may be a repo."""
-    if not Path(name).exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{what} {name!r}: neither {others}a folder nor a repo NAMESPACE/NAME")
-    return name

@@ -36,7 +36,7 @@ def test_generate_draws_what_the_pipeline_draws_and_shows_progress(run, tiny_pip
         ("edit", "input.png", "Remove the sphere."),
         ("control", "input.png", "two cubes"),
         ("predict", "depth", "input.png"),
-        ("predict", "detection", "input.png", "--prompt", "a cube"),
+        ("predict", "detection", "input.png", "a cube"),
     ],
 )
 def test_pictures_become_pictures_of_their_size(run, arguments):

@@ -20,8 +20,8 @@ COMMANDS = {
     "panel": ["control", "input.png", "a cat", "--condition", "canny", "--size", "64x32"],
     "edit": ["edit", "input.png", "Remove the cat."],
     "control": ["control", "input.png", "a cat"],
-    "detection": ["predict", "detection", "input.png", "--prompt", "the cat"],
-    "vqa": ["predict", "vqa", "input.png", "--prompt", "What is it?"],
+    "detection": ["predict", "detection", "input.png", "the cat"],
+    "vqa": ["predict", "vqa", "input.png", "What is it?"],
     "restore": ["restore", "input.png"],
 }
 SIZES = {"complete": (32, 64)}

@@ -319,15 +319,17 @@ def test_a_run_that_stays_broken_ends_with_its_last_checkpoint(make_trainer):
         trainer.train()
 
 
-def test_a_run_ends_when_its_minutes_are_over_and_cools_down_before(make_trainer, monkeypatch):
+def test_a_run_ends_when_its_minutes_are_over_and_cools_down_before(make_trainer, monkeypatch, capsys):
     options = {"max_minutes": 8, "cooldown": 0.5}
     for logging_steps, steps in ((1, range(1, 9)), (3, (3, 6, 8))):
         values = {"max_steps": 100, "logging_steps": logging_steps, "save_steps": 6, "options": options}
+        values["disable_tqdm"] = False
         trainer = make_trainer(f"every {logging_steps}", **values)
         monkeypatch.setattr(trainer, "_minutes_so_far", lambda run=trainer: run.state.global_step + 1.0)
         trainer.train()
         rates = dict(zip(range(1, 9), [1, 1, 1, 1, 1, 0.75, 0.5, 0.25], strict=True))
         assert trainer.state.global_step == 8 and logged(trainer, "minutes") == [step + 1 for step in steps]
+        assert "100%" in (bar := capsys.readouterr().err) and "8.0/8 minutes" in bar and "/100 " not in bar
         assert [r / 1e-2 for r in logged(trainer, "learning_rate")] == pytest.approx([rates[step] for step in steps])
         again = make_trainer(f"every {logging_steps}", **values)
         again.train()  # the log knows how long it was

@@ -12,6 +12,7 @@ from modeling_lumina_mgpt import (
     LuminaMGPTImageProcessor,
     LuminaMGPTProcessor,
 )
+from modeling_lumina_mgpt.checkpoints import existing
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
@@ -71,13 +72,10 @@ def make_start(recipe: SFTRecipe) -> str:
     Raises:
         ValueError: if the model is no folder, and no name of a repo either.
     """
+    if recipe.model:
+        return existing(recipe.model, "model")
     start = Path(recipe.start)
-    if recipe.model and "/" not in recipe.model and not start.exists():
-        raise ValueError(
-            f"model {recipe.model!r}: neither a folder nor a repo NAMESPACE/NAME; `lumina-mgpt convert` makes a folder"
-            " of a published checkpoint"
-        )
-    if recipe.from_scratch and not start.exists():
+    if not start.exists():
         part = start.with_name(f"{start.name}.part")
         new_pipeline(recipe.from_scratch).save_pretrained(part)
         part.rename(start)

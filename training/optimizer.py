@@ -6,7 +6,7 @@ torch's Muon takes matrices only, which embeddings and heads are not in its sens
 from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import Muon, Optimizer
 
 
 class MuonWithAdamW(Optimizer):

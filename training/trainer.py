@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, TrainerCallback
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from trl import SFTTrainer
 
@@ -226,6 +227,8 @@ class LuminaMGPTTrainer(SFTTrainer):
         self.max_minutes, self.cooldown, self._minutes = max_minutes, cooldown, 0.0
         self.extra_metrics = extra_metrics
         self.tasks = self.data_collator.tasks
+        if max_minutes is not None and self.pop_callback(ProgressCallback):
+            self.add_callback(MinutesBar(self))
         self._order = torch.Generator()  # of grouped lengths
         self.add_callback(EpochOfData(self.data_collator, self._order))
         self._sums = self._zeros()  # of the step so far, on this process
@@ -525,6 +528,24 @@ def peak_flops(device: torch.device, in_bf16: bool) -> float:
         (a @ a)[0, 0].item()
         seconds.append(time.perf_counter() - start)
     return 2 * size**3 / min(seconds)
+
+
+class MinutesBar(ProgressCallback):
+    """Stock's bar over a run's minutes, where they and not its steps are what ends it."""
+
+    def __init__(self, trainer: LuminaMGPTTrainer):
+        super().__init__()
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if state.is_world_process_zero:
+            form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:g} minutes{postfix}"
+            self.training_bar = tqdm(total=self.trainer.max_minutes, bar_format=form, dynamic_ncols=True)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"step {state.global_step}", refresh=False)
+            self.training_bar.update(min(self.trainer._minutes, self.training_bar.total) - self.training_bar.n)
 
 
 class EpochOfData(TrainerCallback):
