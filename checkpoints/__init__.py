@@ -1,7 +1,6 @@
-"""Where checkpoints are: the default one, carried by the package. Installed as `modeling_lumina_mgpt.checkpoints`."""
+"""The default checkpoint, carried by the package. Installed as `modeling_lumina_mgpt.checkpoints`."""
 
 import os
-import re
 import shutil
 import warnings
 from importlib.resources import files
@@ -23,25 +22,6 @@ def default_checkpoint() -> Path:
         command = f"python -c \"from {__name__} import link_code; link_code(r'{folder}')\""
         warnings.warn(f"{folder}: links to code became text on this platform; to repair, run {command}", stacklevel=2)
     return folder
-
-
-def existing(name: str, what: str, others: str = "") -> str:
-    """`name` again, of something that is there or may be a repo; without asking the Hub for what is a folder's name.
-
-    Args:
-        what: the argument's name, and `others`: what else it accepts, for the error.
-
-    Raises:
-        ValueError: if it is neither; also if only the part before the slash is there, as of runs/no-such-run.
-    """
-    path = Path(name)
-    if path.exists():
-        return name
-    if path.parent.is_dir() and path.parent != Path():
-        raise ValueError(f"{what} {name!r}: {path.parent} has no {path.name}")
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
-        raise ValueError(f"{what} {name!r}: neither {others}a folder nor a repo NAMESPACE/NAME")
-    return name
 
 
 def link_code(folder: str | os.PathLike) -> None:

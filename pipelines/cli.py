@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
+from .places import folder_or_repo
+
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
@@ -53,12 +55,12 @@ def _show_version(wanted: bool) -> None:
 
 
 @app.callback()
-def main(
+def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ):
-    pass
+    """Of the command itself."""
 
 
 MAX_SEED = 2**64 - 1
@@ -256,10 +258,11 @@ def merge(
     model: Annotated[str | None, typer.Option(help="What training started from, if SOURCE does not say.")] = None,
 ):
     """Make a model that every loader reads of what training has spread out."""
-    from modeling_lumina_mgpt.checkpoints import existing
     from modeling_lumina_mgpt.training.merge import merge as run
 
-    run(source, out, None if model is None else existing(model, "model"))
+    from .places import folder_or_repo
+
+    run(source, out, None if model is None else folder_or_repo(model, "model"))
     typer.echo(f"the model is in {out}")
 
 
@@ -447,13 +450,11 @@ def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:
 def _verifier(name: str | None):
     if name is None:
         return None
-    from modeling_lumina_mgpt.checkpoints import existing
-
     from .verifiers import CLIPVerifier, TabletopVerifier
 
     if name == "tabletop":
         return TabletopVerifier()
-    return CLIPVerifier(existing(name, "verifier", '"tabletop", '))
+    return CLIPVerifier(folder_or_repo(name, "verifier", '"tabletop", '))
 
 
 def _prompt_enhancer(model: str | None, url: str | None):
@@ -503,18 +504,18 @@ def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeli
     import torch
     from transformers.utils import logging
 
-    from modeling_lumina_mgpt.checkpoints import default_checkpoint, existing
+    from modeling_lumina_mgpt.checkpoints import default_checkpoint
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
-    folder = default_checkpoint() if model is None else existing(model, "model")
+    folder = default_checkpoint() if model is None else folder_or_repo(model, "model")
     logging.disable_progress_bar()  # the one that is left shows the drawing
     device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     pipe = LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
     weights = {}
     for name, weight in map(_weighed, lora or []):
-        pipe.load_lora_weights(existing(name, "lora"))
+        pipe.load_lora_weights(folder_or_repo(name, "lora"))
         weights[pipe.get_active_adapters()[0]] = weight
     if weights:
         pipe.set_adapters([*weights], [*weights.values()])

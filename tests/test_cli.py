@@ -2,13 +2,18 @@
 
 import subprocess
 import sys
+from importlib.metadata import version
+from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub import HfApi, constants
+from huggingface_hub.errors import OfflineModeIsEnabled, RepositoryNotFoundError
 from PIL import Image
 from typer.testing import CliRunner
 
 from modeling_lumina_mgpt.pipelines.cli import app
+from modeling_lumina_mgpt.pipelines.places import folder_or_repo
 
 
 @pytest.fixture
@@ -86,6 +91,29 @@ def test_mistakes_are_one_line_and_exit_code_2(run, arguments, said):
     result = run(*arguments)
     assert result.exit_code == 2 and not result.stdout
     assert said in result.stderr and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
+
+
+def test_a_place_is_a_folder_or_may_be_a_repo(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "cache" / "models--runs--known").mkdir(parents=True)
+    (tmp_path / "runs" / "there").mkdir(parents=True)
+    asked = []
+    monkeypatch.setattr(HfApi, "repo_info", lambda self, name, **_: asked.append(name) or ("hub" in name or 1 / 0))
+    for name in ("runs/there", "../" + tmp_path.name, "Alpha-VLLM/Lumina-mGPT-7B-768", "runs/known"):
+        assert folder_or_repo(name, "model") == name
+    assert not asked
+    assert folder_or_repo("runs/on-the-hub", "model") == "runs/on-the-hub"
+    for error in (OfflineModeIsEnabled("offline"), RepositoryNotFoundError("404", response=Mock())):
+        monkeypatch.setattr(HfApi, "repo_info", Mock(side_effect=error))
+        with pytest.raises(ValueError, match="model 'runs/absent': runs has no absent"):
+            folder_or_repo("runs/absent", "model")
+    with pytest.raises(ValueError, match=r"lora '\./absent': neither a folder nor a repo"):
+        folder_or_repo("./absent", "lora")
+
+
+def test_the_version_is_shown():
+    assert CliRunner().invoke(app, ["--version"]).stdout.strip() == version("lumina-mgpt")
 
 
 def test_recipes_go_to_the_trainer_that_they_name(tmp_path, monkeypatch):

@@ -131,6 +131,12 @@ def test_every_recipe_can_be_planned_before_its_model_is_there(path, monkeypatch
     assert "at the peak" in plan(load_recipe(path), 8, 80)
 
 
+def test_muon_is_planned_for_one_gpu_alone(recipe_7b):
+    assert "at the peak" in plan(recipe_7b(muon=True), 1, 80)
+    with pytest.raises(ValueError, match=r"8 GPUs share the matrices.*accepted is 1"):
+        plan(recipe_7b(muon=True), 8, 80)
+
+
 def test_longest_record_follows_the_tasks(recipe_7b):
     def length(task, **values):
         mixture = {"target_px": 512, "sources": [{"task": name, "path": "x"} for name in ("caption", task)], **values}

@@ -140,11 +140,14 @@ def test_packing_fills_rows_and_refuses_nothing_that_fits():
 
 
 def test_packed_rows_are_all_as_long_as_they_may_be(make_trainer, records):
-    collator = make_trainer().data_collator
-    collator.row_length = 128
-    (short, *_), row = sorted(pack(records, 128), key=lambda row: row["length"]), records[0]
-    assert collator([short])["input_ids"].shape == (1, 128)
-    assert collator([row])["input_ids"].shape == (1, row["length"])
+    packed = pack(records, 128)
+    values = {"dataset": packed, "max_steps": 2, "per_device_train_batch_size": len(packed)}
+    tight, padded = make_trainer("tight", **values), make_trainer("padded", **values)
+    padded.data_collator.row_length = 160
+    assert padded.data_collator([*packed][-1:])["input_ids"].shape == (1, 160)
+    assert padded.data_collator([records[0]])["input_ids"].shape == (1, records[0]["length"])  # which is not packed
+    tight.train(), padded.train()
+    assert logged(padded) == pytest.approx(logged(tight), rel=1e-5)
 
 
 def test_context_drop_in_packed_rows_leaves_the_picture_alone(make_trainer, records, tiny_processor):
@@ -197,18 +200,22 @@ def test_muon_has_the_layers_matrices_and_adamw_all_else(make_trainer):
     assert found["muon"] == {name for name in names.values() if name.endswith("_proj.weight")}
     assert found["adamw"] == {*names.values()} - found["muon"]
     assert {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"} < found["adamw"]
-    before = weights(trainer)
-    for weight in names:
-        weight.grad = torch.ones_like(weight)
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0  # as a scheduler sets it, in both
-    optimizer.step()
-    assert same(before, weights(trainer))
+    optimizer.load_state_dict(optimizer.state_dict())  # as accelerate does, and a resumed run
+    for rate in (0.0, 1e-2):
+        before = weights(trainer)
+        for weight in names:
+            weight.grad = torch.ones_like(weight)
+        for group in optimizer.param_groups:
+            group["lr"] = rate  # as a scheduler sets it, in both
+        optimizer.step()
+        changed = {name for name, weight in weights(trainer).items() if not torch.equal(weight, before[name])}
+        assert changed == ({*names.values()} if rate else set())
 
 
 @pytest.mark.parametrize(("stop_after", "muon"), [(1, False), (3, True), (4, False)])
 def test_a_run_resumes_bit_for_bit(make_trainer, stop_after, muon):
     shares = {"context_drop": 0.5, "history_noise": 0.5, "options": {"muon": muon}}
+    shares |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4}
     whole = make_trainer("whole", max_steps=5, **shares)
     whole.train()
     half = make_trainer("halves", max_steps=5, **shares)
@@ -329,11 +336,12 @@ def test_a_run_ends_when_its_minutes_are_over_and_cools_down_before(make_trainer
         trainer.train()
         rates = dict(zip(range(1, 9), [1, 1, 1, 1, 1, 0.75, 0.5, 0.25], strict=True))
         assert trainer.state.global_step == 8 and logged(trainer, "minutes") == [step + 1 for step in steps]
-        assert "100%" in (bar := capsys.readouterr().err) and "8.0/8 minutes" in bar and "/100 " not in bar
+        assert "100%|" in (bar := capsys.readouterr().err) and "8.0 of 8 minutes, step 8" in bar
         assert [r / 1e-2 for r in logged(trainer, "learning_rate")] == pytest.approx([rates[step] for step in steps])
         again = make_trainer(f"every {logging_steps}", **values)
         again.train()  # the log knows how long it was
         assert again.state.global_step == 8 and same(weights(trainer), weights(again))
+        assert "100%|" in (bar := capsys.readouterr().err) and "of 8 minutes, step 8" in bar
 
 
 def test_evaluation_counts_tokens_and_drops_no_context(make_trainer, records):

@@ -23,6 +23,7 @@ from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe, lora_config, sft_config
 from modeling_lumina_mgpt.training.sft import train
 from modeling_lumina_mgpt.training.tasks import ADAPTERS
+from modeling_lumina_mgpt.training.train_tokenizer import build_tokenizer
 
 RECIPES = Path(__file__).parents[1] / "training" / "recipes"
 SFT_VALUES = {
@@ -153,6 +154,12 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     assert not torch.equal(before, adapted) and torch.equal(before, draw())
 
 
+def test_muon_is_refused_where_matrices_are_sharded(recipe, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="muon: true needs whole matrices"):
+        train(recipe("sharded", muon=True))
+
+
 def test_a_folder_holds_one_run(recipe):
     train(recipe("run", lora={"r": 4}, max_steps=1))
     with pytest.raises(ValueError, match=r"lora {'r': 2}: the run in .* has {'r': 4}; set it back"):
@@ -213,11 +220,14 @@ def test_a_new_models_codes_begin_alike_in_embeddings_and_head(tmp_path, tiny_vq
     )
     model, code_ids = pipe.transformer, pipe.processor.uni_rep.code_ids
     embeddings, head = model.get_input_embeddings().weight[code_ids], model.get_output_embeddings().weight[code_ids]
-    products = embeddings @ head.T  # of each code's embedding with each code's row of the head
-    own, others = products.diagonal().mean(), products[~torch.eye(len(code_ids), dtype=torch.bool)].mean()
-    assert own > 4 * others.abs() and own > 0
-    words = pipe.processor.tokenizer.convert_ids_to_tokens(pipe.processor.tokenizer("What is 11 + 37?").input_ids)
-    assert [word for word in words if word.strip("Ġ").isdigit()] == ["1", "1", "3", "7"]
+    assert torch.cosine_similarity(embeddings, head).mean() > 0.3  # 0 if each began by itself
+
+
+def test_numbers_are_read_digit_by_digit_and_said_as_they_are(tiny_processor):
+    tokenizer = build_tokenizer(["What is 11 + 11? 1111"] * 50, num_codes=4, num_sizes=1, vocab_size=400)
+    ids = tokenizer("What is 1137 + 11?").input_ids
+    digits = [word.strip("Ġ") for word in tokenizer.convert_ids_to_tokens(ids) if word.strip("Ġ").isdigit()]
+    assert digits == [*"113711"] and tokenizer.decode(ids) == "What is 1137 + 11?"
 
 
 @pytest.mark.slow
@@ -274,7 +284,8 @@ def test_recipes_can_be_read(path):
         ({"trainer": "rl"}, "trainer 'rl'; accepted are vq, sft, chain"),
         ({"max_minutes": 0}, "max_minutes 0: accepted are numbers above 0"),
         ({"cooldown": 2}, "cooldown 2: accepted are 0 to 1"),
-        ({"muon": True, "lora": {"r": 4}}, "muon: true: with `lora`, accepted is false"),
+        ({"muon": True, "lora": {"r": 4}}, "with `lora`, accepted is false"),
+        ({"muon": True, "sft": {"optim": "adafactor"}}, "optim 'adafactor'.*accepted is adamw_torch"),
     ],
 )
 def test_what_a_recipe_cannot_say_is_named_with_its_file(tmp_path, values, says):

@@ -12,8 +12,8 @@ from modeling_lumina_mgpt import (
     LuminaMGPTImageProcessor,
     LuminaMGPTProcessor,
 )
-from modeling_lumina_mgpt.checkpoints import existing
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+from modeling_lumina_mgpt.pipelines.places import folder_or_repo
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
 from .mixture import read_mixture
@@ -26,10 +26,11 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     """An untrained model: of another's shape and words, or with a tokenizer of its own around a trained VQ model."""
     torch.manual_seed(0)
     if "like" in shape:
+        folder_or_repo(shape["like"], "from_scratch.like")
         config = LuminaMGPTConfig.from_pretrained(shape["like"], **shape.get("config", {}))
         processor = LuminaMGPTProcessor.from_pretrained(shape["like"])
         return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), processor.vqvae, processor)
-    vqvae = VQModel.from_pretrained(shape["vqvae"])
+    vqvae = VQModel.from_pretrained(folder_or_repo(shape["vqvae"], "from_scratch.vqvae"))
     num_codes = vqvae.config["num_vq_embeddings"]
     sizes = [shape["processor"]["size_unit_px"] * (i + 1) for i in range(shape["tokenizer"]["num_sizes"])]
     words = {"prompt": "", "condition": ""}
@@ -70,10 +71,14 @@ def make_start(recipe: SFTRecipe) -> str:
     """Where the run starts from; of a run from scratch it is made, all at once, if it is not there.
 
     Raises:
-        ValueError: if the model is no folder, and no name of a repo either.
+        ValueError: if the model is neither a folder nor, as far as can be told, a repo.
     """
     if recipe.model:
-        return existing(recipe.model, "model")
+        try:
+            return folder_or_repo(recipe.model, "model")
+        except ValueError as error:
+            hint = "`lumina-mgpt convert` makes a folder of a published checkpoint"
+            raise ValueError(f"{error}; {hint}") from error
     start = Path(recipe.start)
     if not start.exists():
         part = start.with_name(f"{start.name}.part")

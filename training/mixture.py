@@ -30,7 +30,7 @@ from datasets import (
 )
 from PIL import Image
 
-from modeling_lumina_mgpt.checkpoints import existing
+from modeling_lumina_mgpt.pipelines.places import folder_or_repo
 from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .records import RecordError
@@ -238,8 +238,8 @@ def _open(source: Source) -> Any:
         dataset = dataset.to_iterable_dataset() if source.streaming else dataset
     else:
         kind = FORMATS.get(path.suffix)
-        if kind is None and "/" in source.path:
-            existing(source.path, "path")
+        if kind is None and source.path.count("/") == 1:
+            folder_or_repo(source.path, "path", repo_type="dataset")
         place = {"path": kind, "data_files": source.path} if kind else {"path": source.path}
         dataset = load_dataset(name=source.name, split=source.split, streaming=source.streaming, **place)
     if source.num_records is None:

@@ -1,6 +1,6 @@
 """Muon for the matrices of a model's layers and AdamW for all other weights, as one optimizer.
 
-torch's Muon takes matrices only, which embeddings and heads are not in its sense, and the Trainer takes one optimizer.
+torch's Muon is for hidden layers' matrices; embeddings, the head and norms stay with AdamW. The Trainer takes one.
 """
 
 from typing import Any
@@ -10,7 +10,9 @@ from torch.optim import Muon, Optimizer
 
 
 class MuonWithAdamW(Optimizer):
-    """Takes the layers' matrices from an AdamW that has taken no step yet.
+    """Takes the layers' matrices from an AdamW that has taken no step yet, with the learning rate and decay they had.
+
+    Its groups are those of both parts, whose own state is in `parts`; no group can be added later.
 
     Muon's steps are scaled to be as large as AdamW's would be ("match_rms_adamw", arXiv 2502.16982), so that one
     learning rate and one weight decay suit both.
@@ -24,8 +26,8 @@ class MuonWithAdamW(Optimizer):
         taken = {id(matrix) for matrix in matrices}
         for group in adamw.param_groups:
             group["params"] = [weight for weight in group["params"] if id(weight) not in taken]
-        first = adamw.param_groups[0]
-        muon = Muon(matrices, first["lr"], first["weight_decay"], adjust_lr_fn="match_rms_adamw")
+        decayed = adamw.param_groups[0]
+        muon = Muon(matrices, decayed["lr"], decayed["weight_decay"], adjust_lr_fn="match_rms_adamw")
         self.parts = {"muon": muon, "adamw": adamw}
         # the same groups: a learning rate that is set here holds there
         super().__init__([*muon.param_groups, *adamw.param_groups], {})

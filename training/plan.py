@@ -132,10 +132,12 @@ def plan(recipe: SFTRecipe, num_gpus: int, gpu_memory_gib: float) -> str:
     """A table of what `recipe` needs on each of its GPUs, and the first change that makes it fit.
 
     Raises:
-        ValueError: for a number of GPUs or a memory below 1.
+        ValueError: for a number of GPUs or a memory below 1, or for Muon on several.
     """
     if num_gpus < 1 or gpu_memory_gib < 1:
         raise ValueError(f"{num_gpus} GPUs of {gpu_memory_gib} GiB: accepted are 1 and more of each")
+    if recipe.muon and num_gpus > 1:
+        raise ValueError(f"{num_gpus} GPUs share the matrices, which muon: true needs whole; accepted is 1")
     run = run_of(recipe, num_gpus)
     needed = total_bytes(run)
     lines = [*_described(run), "", "GiB on each GPU", *_rows(run), f"{'at the peak':<12} {needed / GIB:8.2f}"]

@@ -92,7 +92,11 @@ class SFTRecipe:
                 f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
             )
         if self.muon and self.lora is not None:
-            raise ValueError("muon: true: with `lora`, accepted is false")
+            raise ValueError("muon: true: it is for whole matrices; with `lora`, accepted is false")
+        if self.muon and not str(optim := self.sft.get("optim", "adamw")).startswith("adamw"):
+            raise ValueError(
+                f"muon: true with optim {optim!r}: what Muon leaves is for AdamW; accepted is adamw_torch"
+            )
         for name in ("context_drop", "history_noise", "cooldown"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {share}: accepted are 0 to 1")

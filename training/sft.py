@@ -8,6 +8,7 @@ A recipe names the folder to start from (or the shape of a new model), a mixture
 was stopped, by whatever, continues from its last whole checkpoint when the same command is given again.
 """
 
+import os
 from copy import deepcopy
 from dataclasses import asdict
 from pathlib import Path
@@ -40,6 +41,8 @@ def train(recipe: SFTRecipe) -> None:
         Diverged, Stopped: see `LuminaMGPTTrainer`.
     """
     # 1. The model
+    if recipe.muon and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        raise ValueError("muon: true needs whole matrices; accepted where FSDP shards them is false")
     arguments, adapter = sft_config(recipe), lora_config(recipe)
     _check_same_run(recipe)
     with arguments.main_process_first(local=False):  # checkpoints need a disk that all machines see, too
@@ -63,8 +66,6 @@ def train(recipe: SFTRecipe) -> None:
     layout = processor.uni_rep
     common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
     common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed, "code_ids": layout.code_ids}
-    training = {"context_drop": recipe.context_drop, "history_noise": recipe.history_noise, "encode": encode}
-    training["row_length"] = recipe.pack_tokens or 0
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
@@ -74,7 +75,13 @@ def train(recipe: SFTRecipe) -> None:
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluated,
-        data_collator=Collator(**common, **training),
+        data_collator=Collator(
+            **common,
+            context_drop=recipe.context_drop,
+            history_noise=recipe.history_noise,
+            row_length=recipe.pack_tokens if arguments.torch_compile else None,
+            encode=encode,
+        ),
         eval_collator=Collator(**common),
         processing_class=processor.tokenizer,
         peft_config=adapter,
@@ -115,8 +122,8 @@ def _check_same_run(recipe: SFTRecipe) -> None:
     if not path.exists() or not last_checkpoint(path.parent):
         return
     before = yaml.safe_load(path.read_text())
-    for name in ("model", "from_scratch", "lora", "quantization"):
-        if before.get(name) != (now := getattr(recipe, name)):
+    for name in ("model", "from_scratch", "lora", "quantization", "muon"):
+        if before.get(name, False if name == "muon" else None) != (now := getattr(recipe, name)):
             raise ValueError(
                 f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take "
                 "another output_dir"

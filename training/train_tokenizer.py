@@ -30,7 +30,7 @@ def build_tokenizer(texts: Iterable[str], num_codes: int, num_sizes: int, vocab_
     if vocab_size < len(special) + len(alphabet):
         raise ValueError(f"vocab_size {vocab_size}: at least {len(special) + len(alphabet)} ids are needed")
     tokenizer = Tokenizer(models.BPE())
-    # Digit by digit: else a number's tokens would depend on which numbers are frequent, and sums could not be learned.
+    # Digit by digit: else a number's tokens would depend on which numbers are frequent ("11", but "3" "7").
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

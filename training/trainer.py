@@ -65,7 +65,7 @@ class Collator:
         tasks: names that `task_ids` count.
         context_drop: probability of dropping a record's context.
         history_noise: of a record's predicted codes, up to this share is replaced by others of them in `input_ids`.
-        row_length: to which packed rows are padded, so that all batches have one shape, and are compiled once.
+        row_length: to which packed rows are padded, so that batches of as many rows have one shape, to be compiled.
         encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
     """
 
@@ -76,7 +76,7 @@ class Collator:
     tasks: Sequence[str]
     context_drop: float = 0.0
     history_noise: float = 0.0
-    row_length: int = 0
+    row_length: int | None = None
     seed: int = 0
     encode: Callable[[list[dict], int], list[dict]] | None = None
     shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
@@ -107,7 +107,7 @@ class Collator:
         ready = iter([self._ready(record) for record in records])
         lines = [[next(ready) for _ in row["records"]] for row in rows] if packed else [[one] for one in ready]
         longest = max(sum(len(ids) for ids, _, _ in line) for line in lines)
-        length = max(longest, self.row_length) if packed else longest
+        length = max(longest, self.row_length or 0) if packed else longest
         batch = {
             "input_ids": [_joined([ids for ids, _, _ in line], length, self.pad_id) for line in lines],
             "labels": [_joined([labels for _, labels, _ in line], length, IGNORED_LABEL) for line in lines],
@@ -184,7 +184,7 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     Args:
         eval_collator: of the evaluation's data; the training's would drop contexts.
-        muon: the layers' matrices get torch's Muon, whatever else AdamW; not where weights are sharded.
+        muon: the layers' matrices get torch's Muon, all else AdamW; not for shards of matrices, nor for adapters.
         spike_factor: a step whose loss is above so many times the median of those logged before is left out.
         max_skipped_steps: after so many steps in a row that were left out, the run ends.
         max_minutes: of training, after which the run ends; all of its sessions together, without evaluations.
@@ -220,8 +220,6 @@ class LuminaMGPTTrainer(SFTTrainer):
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = policy
         self.eval_collator = eval_collator or self.data_collator
-        if muon and (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            raise ValueError("muon: true needs whole matrices; accepted where weights are sharded is false")
         self.muon = muon
         self.spike_factor, self.max_skipped_steps = spike_factor, max_skipped_steps
         self.max_minutes, self.cooldown, self._minutes = max_minutes, cooldown, 0.0
@@ -237,7 +235,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         self._told_to_stop, self._saved_step = False, -1
         # stock would remove the old before the new is whole
         self._num_kept, self.args.save_total_limit = self.args.save_total_limit, None
-        self._peak_flops = peak_flops(self.args.device, self.args.bf16) * self.args.world_size
+        self._peak_flops = peak_flops(self.args.device, self._dtype()) * self.args.world_size
 
     # The loss
 
@@ -367,6 +365,10 @@ class LuminaMGPTTrainer(SFTTrainer):
             found["tokens_per_second"] = window["tokens"] / seconds
             found["mfu"] = self._flops(window) / seconds / self._peak_flops
         return found | ({"skipped_steps": window["skipped_steps"]} if window["skipped_steps"] else {})
+
+    def _dtype(self) -> torch.dtype:
+        """That products are computed in."""
+        return torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
 
     def _flops(self, window: dict[str, float]) -> float:
         """Of forward and backward passes, without what checkpointing computes twice."""
@@ -513,13 +515,12 @@ def last_checkpoint(folder: str | Path) -> str | None:
     return str(found[-1]) if found else None
 
 
-def peak_flops(device: torch.device, in_bf16: bool) -> float:
-    """FLOPs a second that a device can do: as its maker says, or as the best of a few large products shows."""
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOPs a second that a device can do: as its maker says, of bfloat16, or as the best of a few products shows."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     known = [flops for gpu, flops in PEAK_FLOPS.items() if gpu in name]
     if known:
         return known[0]
-    dtype = torch.bfloat16 if in_bf16 else torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a = torch.zeros(size, size, device=device, dtype=dtype)
     seconds: list[float] = []
@@ -531,7 +532,7 @@ def peak_flops(device: torch.device, in_bf16: bool) -> float:
 
 
 class MinutesBar(ProgressCallback):
-    """Stock's bar over a run's minutes, where they and not its steps are what ends it."""
+    """Stock's bar for a run that ends by its steps or by its minutes, whichever come first."""
 
     def __init__(self, trainer: LuminaMGPTTrainer):
         super().__init__()
@@ -539,13 +540,21 @@ class MinutesBar(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            form = "{percentage:3.0f}%|{bar}| {n:.1f}/{total:g} minutes{postfix}"
-            self.training_bar = tqdm(total=self.trainer.max_minutes, bar_format=form, dynamic_ncols=True)
+            form = "{percentage:3.0f}%|{bar}|{postfix}"
+            self.training_bar = tqdm(total=1.0, bar_format=form, miniters=0, dynamic_ncols=True)
+            self.show(state, logged_minutes(state.log_history))
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"step {state.global_step}", refresh=False)
-            self.training_bar.update(min(self.trainer._minutes, self.training_bar.total) - self.training_bar.n)
+            self.show(state, self.trainer._minutes)
+
+    def show(self, state, minutes: float) -> None:
+        limit = self.trainer.max_minutes
+        words = f"{minutes:.1f} of {limit:g} minutes, step {state.global_step}"
+        self.training_bar.set_postfix_str(words, refresh=False)
+        self.training_bar.update(
+            min(max(state.global_step / state.max_steps, minutes / limit), 1) - self.training_bar.n
+        )
 
 
 class EpochOfData(TrainerCallback):
