@@ -54,7 +54,9 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
         write_whole(path, (json.dumps(finished) + "\n").encode())
     minutes = {Path(r.output_dir).name: _minutes(r) for r in stages.values() if isinstance(r, SFTRecipe)}
     device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    pipe, scores = LuminaMGPTPipeline.from_pretrained(last.output_dir).to(device), path.with_name("scores")
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as the command line loads it
+    pipe, scores = LuminaMGPTPipeline.from_pretrained(last.output_dir, dtype=dtype), path.with_name("scores")
+    pipe.to(device)
     run_scoreboard(pipe, scores, chain.num_cases)
     write_card(pipe, scores, minutes, last.output_dir)
 
