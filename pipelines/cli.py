@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from PIL import Image
 
-from .places import folder_or_repo
-
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
@@ -450,6 +448,7 @@ def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:
 def _verifier(name: str | None):
     if name is None:
         return None
+    from .places import folder_or_repo
     from .verifiers import CLIPVerifier, TabletopVerifier
 
     if name == "tabletop":
@@ -507,6 +506,7 @@ def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeli
     from modeling_lumina_mgpt.checkpoints import default_checkpoint
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+    from .places import folder_or_repo
 
     folder = default_checkpoint() if model is None else folder_or_repo(model, "model")
     logging.disable_progress_bar()  # the one that is left shows the drawing

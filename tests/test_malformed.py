@@ -762,7 +762,6 @@ COMMANDS = {
         "generate a --model files/no-such-run",
         "model .*: files has no no-such-run",
     ),
-    "an adapter that is not in its folder": ("generate a --lora files/nope", "lora .*: files has no nope"),
     "the other count of cases": ("evaluate --all --num-per-category 3", "accepted there is --num-cases"),
     "the count of all cases": ("evaluate --num-cases 3", "accepted there is --num-per-category"),
     "a model of nothing": ("generate a --model files/nothing", "nothing cannot be loaded"),

@@ -80,7 +80,7 @@ def make_start(recipe: SFTRecipe) -> str:
             hint = "`lumina-mgpt convert` makes a folder of a published checkpoint"
             raise ValueError(f"{error}; {hint}") from error
     start = Path(recipe.start)
-    if not start.exists():
+    if recipe.from_scratch and not start.exists():
         part = start.with_name(f"{start.name}.part")
         new_pipeline(recipe.from_scratch).save_pretrained(part)
         part.rename(start)

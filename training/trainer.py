@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -202,6 +203,7 @@ class LuminaMGPTTrainer(SFTTrainer):
     """
 
     data_collator: Collator
+    optimizer: Any  # None until it is made
 
     def __init__(
         self,
@@ -549,7 +551,7 @@ class MinutesBar(ProgressCallback):
             self.show(state, self.trainer._minutes)
 
     def show(self, state, minutes: float) -> None:
-        limit = self.trainer.max_minutes
+        limit = self.trainer.max_minutes or math.inf
         words = f"{minutes:.1f} of {limit:g} minutes, step {state.global_step}"
         self.training_bar.set_postfix_str(words, refresh=False)
         self.training_bar.update(
