@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 HUB_SECONDS = 5  # to wait for an answer where a name is more likely a folder's
 
@@ -36,8 +37,9 @@ def _is_known(name: str, repo_type: str) -> bool:
 
     if (Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{name.replace('/', '--')}").is_dir():
         return True
+    http_error: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which differs between versions
     try:
         HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_SECONDS)
-    except (OSError, HfHubHTTPError.__bases__[0]):  # the second is the HTTP library's own, which differs by version
+    except (OSError, http_error):
         return False
     return True

@@ -32,7 +32,7 @@ class MuonWithAdamW(Optimizer):
         # the same groups: a learning rate that is set here holds there
         super().__init__([*muon.param_groups, *adamw.param_groups], {})
 
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for part in self.parts.values():
             part.step()
 
