@@ -379,10 +379,11 @@ def push(
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HfHubHTTPError
 
+    from .places import http_error
+
     if not any((folder / name).is_file() for name in ("model_index.json", "adapter_model.safetensors")):
         raise ValueError(f"{folder} has no model_index.json: not a model's folder; nor is it an adapter's")
     api = HfApi()
-    http_error: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which differs between versions
     ignored = ["trainer/*", "data/*", "samples/*", "*__pycache__*", "source.json", "training_args.bin"]
     try:
         repo = api.create_repo(repo_id, exist_ok=True)
@@ -390,7 +391,7 @@ def push(
     except HfHubHTTPError as error:
         hint = "log in with `hf auth login`, or set HF_TOKEN: " if error.response.status_code in (401, 403) else ""
         raise OSError(f"{repo_id}: {hint}{error}") from error
-    except http_error as error:
+    except http_error() as error:
         raise OSError(f"{constants.ENDPOINT} cannot be reached: {error}") from error
     typer.echo(pushed.commit_url)
 
@@ -499,20 +500,16 @@ def _generator(seed: int | None):
 
 
 def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeline":
-    """The pipeline with its adapters, on an accelerator if there is one; in bfloat16 there, in float32 on the CPU."""
-    import torch
+    """The pipeline with its adapters."""
     from transformers.utils import logging
 
     from modeling_lumina_mgpt.checkpoints import default_checkpoint
 
-    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
-    from .places import folder_or_repo
+    from .places import folder_or_repo, load_pipeline
 
     folder = default_checkpoint() if model is None else folder_or_repo(model, "model")
     logging.disable_progress_bar()  # the one that is left shows the drawing
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    pipe = LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)
+    pipe = load_pipeline(folder)
     weights = {}
     for name, weight in map(_weighed, lora or []):
         pipe.load_lora_weights(folder_or_repo(name, "lora"))

@@ -1,8 +1,11 @@
-"""Where a model, an adapter or a dataset may be: a folder here, or a repo on the Hub."""
+"""Where a model, an adapter or a dataset may be, a folder here or a repo on the Hub, and where a model is run."""
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
 HUB_SECONDS = 5  # to wait for an answer where a name is more likely a folder's
 
@@ -33,13 +36,29 @@ def folder_or_repo(name: str, what: str, others: str = "", repo_type: str = "mod
 def _is_known(name: str, repo_type: str) -> bool:
     """Whether a repo is in the cache, or the Hub says that there is one."""
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError
 
     if (Path(constants.HF_HUB_CACHE) / f"{repo_type}s--{name.replace('/', '--')}").is_dir():
         return True
-    http_error: Any = HfHubHTTPError.__bases__[0]  # the HTTP library's own, which differs between versions
     try:
         HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_SECONDS)
-    except (OSError, http_error):
+    except (OSError, http_error()):
         return False
     return True
+
+
+def http_error() -> type[Exception]:
+    """What the Hub's HTTP library raises without a connection; which library it is differs between versions."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return HfHubHTTPError.__bases__[0]
+
+
+def load_pipeline(folder: str | Path) -> "LuminaMGPTPipeline":
+    """The pipeline of a model's folder or repo: on an accelerator, in bfloat16, or on the CPU, in float32."""
+    import torch
+
+    from .pipeline_lumina_mgpt import LuminaMGPTPipeline
+
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    return LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)

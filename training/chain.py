@@ -11,9 +11,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
+from modeling_lumina_mgpt.pipelines.places import load_pipeline
 
 from . import sft, train_vq
 from .card import write_card
@@ -53,10 +51,7 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
         finished.append(name)
         write_whole(path, (json.dumps(finished) + "\n").encode())
     minutes = {Path(r.output_dir).name: _minutes(r) for r in stages.values() if isinstance(r, SFTRecipe)}
-    device = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16  # as the command line loads it
-    pipe, scores = LuminaMGPTPipeline.from_pretrained(last.output_dir, dtype=dtype), path.with_name("scores")
-    pipe.to(device)
+    pipe, scores = load_pipeline(last.output_dir), path.with_name("scores")
     run_scoreboard(pipe, scores, chain.num_cases)
     write_card(pipe, scores, minutes, last.output_dir)
 

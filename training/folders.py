@@ -26,9 +26,9 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
     """An untrained model: of another's shape and words, or with a tokenizer of its own around a trained VQ model."""
     torch.manual_seed(0)
     if "like" in shape:
-        folder_or_repo(shape["like"], "from_scratch.like")
-        config = LuminaMGPTConfig.from_pretrained(shape["like"], **shape.get("config", {}))
-        processor = LuminaMGPTProcessor.from_pretrained(shape["like"])
+        like = folder_or_repo(shape["like"], "from_scratch.like")
+        config = LuminaMGPTConfig.from_pretrained(like, **shape.get("config", {}))
+        processor = LuminaMGPTProcessor.from_pretrained(like)
         return LuminaMGPTPipeline(LuminaMGPTForConditionalGeneration(config), processor.vqvae, processor)
     vqvae = VQModel.from_pretrained(folder_or_repo(shape["vqvae"], "from_scratch.vqvae"))
     num_codes = vqvae.config["num_vq_embeddings"]
