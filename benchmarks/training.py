@@ -29,7 +29,8 @@ from trl import SFTConfig
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL, LuminaMGPTHead, language_losses
-from modeling_lumina_mgpt.training.trainer import Collator, LuminaMGPTTrainer
+from modeling_lumina_mgpt.training.collator import Collator
+from modeling_lumina_mgpt.training.trainer import LuminaMGPTTrainer
 
 CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "lumina-mgpt-tabletop"
 DEFAULT = {

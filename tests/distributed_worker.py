@@ -18,8 +18,9 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForMultimodalLM, AutoTokenizer
 from trl import SFTConfig
 
+from modeling_lumina_mgpt.training.collator import Collator
 from modeling_lumina_mgpt.training.merge import gather_model
-from modeling_lumina_mgpt.training.trainer import Collator, LuminaMGPTTrainer
+from modeling_lumina_mgpt.training.trainer import LuminaMGPTTrainer
 
 GLOBAL_BATCH_SIZE = 4
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj", "up_proj"], "init_lora_weights": "gaussian"}

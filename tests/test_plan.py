@@ -131,10 +131,11 @@ def test_every_recipe_can_be_planned_before_its_model_is_there(path, monkeypatch
     assert "at the peak" in plan(load_recipe(path), 8, 80)
 
 
-def test_muon_is_planned_for_one_gpu_alone(recipe_7b):
-    assert "at the peak" in plan(recipe_7b(muon=True), 1, 80)
-    with pytest.raises(ValueError, match=r"8 GPUs share the matrices.*accepted is 1"):
-        plan(recipe_7b(muon=True), 8, 80)
+@pytest.mark.parametrize("name", ["muon", "share_code_rows"])
+def test_what_needs_whole_matrices_is_planned_for_one_gpu_alone(recipe_7b, name):
+    assert "at the peak" in plan(recipe_7b(**{name: True}), 1, 80)
+    with pytest.raises(ValueError, match=rf"8 GPUs share the matrices, which {name}.*accepted is 1"):
+        plan(recipe_7b(**{name: True}), 8, 80)
 
 
 def test_longest_record_follows_the_tasks(recipe_7b):

@@ -13,15 +13,15 @@ from torch.nn import functional as F
 from trl import SFTConfig
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.training.code_rows import fold_code_rows, share_code_rows
+from modeling_lumina_mgpt.training.collator import Collator, pack
 from modeling_lumina_mgpt.training.trainer import (
     WHOLE,
-    Collator,
     Diverged,
     LuminaMGPTTrainer,
     SampleCallback,
     Stopped,
     last_checkpoint,
-    pack,
 )
 
 TASKS = ["caption", "edit"]
@@ -67,14 +67,19 @@ def make_trainer(records, tiny_config, tiny_processor, tmp_path):
             **{**defaults, **values},
         )
         common = (tiny_config().pad_token_id, uni_rep.start_id, uni_rep.end_id, uni_rep.code_ids, TASKS)
+        model = model or LuminaMGPTForConditionalGeneration(tiny_config())
+        codebook = tiny_processor.vqvae.quantize.embedding.weight
+        options = {**(options or {})}
+        if options.get("code_rows"):
+            options["code_rows"] = share_code_rows(model, codebook, uni_rep.code_ids)
         return LuminaMGPTTrainer(
-            model=model or LuminaMGPTForConditionalGeneration(tiny_config()),
+            model=model,
             args=arguments,
             train_dataset=dataset,
             data_collator=Collator(*common, context_drop=context_drop, history_noise=history_noise),
             eval_collator=Collator(*common),
             processing_class=tiny_processor.tokenizer,
-            **(options or {}),
+            **options,
         )
 
     return make
@@ -212,9 +217,35 @@ def test_muon_has_the_layers_matrices_and_adamw_all_else(make_trainer):
         assert changed == ({*names.values()} if rate else set())
 
 
-@pytest.mark.parametrize(("stop_after", "muon"), [(1, False), (3, True), (4, False)])
-def test_a_run_resumes_bit_for_bit(make_trainer, stop_after, muon):
-    shares = {"context_drop": 0.5, "history_noise": 0.5, "options": {"muon": muon}}
+def test_codes_that_look_alike_learn_together(make_trainer, records, tiny_processor):
+    """The rows of a code that was no answer yet move as the codebook says, those of the others by themselves, too."""
+    code_ids = tiny_processor.uni_rep.code_ids
+    trainer = make_trainer(options={"code_rows": True, "muon": True}, max_steps=3)
+    model = trainer.model
+    head, start = model.lm_head, model.lm_head.weight.detach().clone()
+    trainer.train()
+    answers = {label for record in records for label in record["labels"] if label >= 0}
+    answered = torch.tensor([code in answers for code in code_ids.tolist()])
+    assert 0 < answered.sum() < len(answered)
+    (rows,) = head.parametrizations.weight
+    assert torch.equal(rows.answered.nonzero()[:, 0], torch.tensor(sorted(answers)))
+    moved = (head.weight - start)[code_ids].detach()
+    shared = (rows(start) - start)[code_ids].detach()  # the function's part, of weights that never moved
+    assert torch.allclose(moved[~answered], shared[~answered]) and moved[~answered].abs().max() > 0
+    assert not torch.allclose(moved[answered], shared[answered])
+    ids = torch.tensor([records[1]["input_ids"]])
+    before = model(input_ids=ids).logits
+    fold_code_rows(model)
+    assert {"lm_head.weight", "model.embed_tokens.weight"} < {*model.state_dict()}
+    assert not any("parametrizations" in name for name in model.state_dict())
+    assert torch.equal(model(input_ids=ids).logits, before)
+
+
+@pytest.mark.parametrize(
+    ("stop_after", "options"), [(1, {}), (3, {"muon": True}), (3, {"muon": True, "code_rows": True}), (4, {})]
+)
+def test_a_run_resumes_bit_for_bit(make_trainer, stop_after, options):
+    shares = {"context_drop": 0.5, "history_noise": 0.5, "options": options}
     shares |= {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 4}
     whole = make_trainer("whole", max_steps=5, **shares)
     whole.train()

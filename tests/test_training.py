@@ -154,10 +154,11 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     assert not torch.equal(before, adapted) and torch.equal(before, draw())
 
 
-def test_muon_is_refused_where_matrices_are_sharded(recipe, monkeypatch):
+@pytest.mark.parametrize("name", ["muon", "share_code_rows"])
+def test_what_needs_whole_matrices_is_refused_where_they_are_sharded(recipe, monkeypatch, name):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(ValueError, match="muon: true needs whole matrices"):
-        train(recipe("sharded", muon=True))
+    with pytest.raises(ValueError, match=f"{name}: true needs whole matrices"):
+        train(recipe("sharded", **{name: True}))
 
 
 def test_a_folder_holds_one_run(recipe):
@@ -223,7 +224,7 @@ def test_a_new_models_codes_begin_alike_in_embeddings_and_head(tmp_path, tiny_vq
     assert torch.cosine_similarity(embeddings, head).mean() > 0.3  # 0 if each began by itself
 
 
-def test_numbers_are_read_digit_by_digit_and_said_as_they_are(tiny_processor):
+def test_numbers_are_read_digit_by_digit_and_said_as_they_are():
     tokenizer = build_tokenizer(["What is 11 + 11? 1111"] * 50, num_codes=4, num_sizes=1, vocab_size=400)
     ids = tokenizer("What is 1137 + 11?").input_ids
     digits = [word.strip("Ġ") for word in tokenizer.convert_ids_to_tokens(ids) if word.strip("Ġ").isdigit()]
@@ -285,6 +286,7 @@ def test_recipes_can_be_read(path):
         ({"max_minutes": 0}, "max_minutes 0: accepted are numbers above 0"),
         ({"cooldown": 2}, "cooldown 2: accepted are 0 to 1"),
         ({"muon": True, "lora": {"r": 4}}, "with `lora`, accepted is false"),
+        ({"share_code_rows": True, "lora": {"r": 4}}, "with `lora`, accepted is false"),
         ({"muon": True, "sft": {"optim": "adafactor"}}, "optim 'adafactor'.*accepted is adamw_torch"),
     ],
 )

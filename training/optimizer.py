@@ -46,6 +46,6 @@ class MuonWithAdamW(Optimizer):
 
 
 def layer_matrices(model: nn.Module) -> list[Tensor]:
-    """Weights of linear layers that are trained, without the head's."""
+    """Weights of the decoder layers' linear parts that are trained."""
     linear = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [m.weight for name, m in linear if "lm_head" not in name and m.weight.requires_grad]
+    return [m.weight for name, m in linear if ".layers." in name and m.weight.requires_grad]

@@ -20,7 +20,7 @@ from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGener
 from modeling_lumina_mgpt.modeling_lumina_mgpt import LOGITS_PER_CHUNK
 from modeling_lumina_mgpt.uni_rep import MAX_SIZE_UNITS, ImageLayout
 
-from .recipe import LORA_TARGETS, SFTRecipe
+from .recipe import LORA_TARGETS, WHOLE_MATRICES, SFTRecipe
 
 GIB = 2**30
 OVERHEAD_BYTES = 3 * GIB  # CUDA's context, the buffers of NCCL and cuBLAS, and gaps that the allocator cannot use
@@ -132,12 +132,13 @@ def plan(recipe: SFTRecipe, num_gpus: int, gpu_memory_gib: float) -> str:
     """A table of what `recipe` needs on each of its GPUs, and the first change that makes it fit.
 
     Raises:
-        ValueError: for a number of GPUs or a memory below 1, or for Muon on several.
+        ValueError: for a number of GPUs or a memory below 1, or for several where a setting needs whole matrices.
     """
     if num_gpus < 1 or gpu_memory_gib < 1:
         raise ValueError(f"{num_gpus} GPUs of {gpu_memory_gib} GiB: accepted are 1 and more of each")
-    if recipe.muon and num_gpus > 1:
-        raise ValueError(f"{num_gpus} GPUs share the matrices, which muon: true needs whole; accepted is 1")
+    for name in WHOLE_MATRICES:
+        if getattr(recipe, name) and num_gpus > 1:
+            raise ValueError(f"{num_gpus} GPUs share the matrices, which {name}: true needs whole; accepted is 1")
     run = run_of(recipe, num_gpus)
     needed = total_bytes(run)
     lines = [*_described(run), "", "GiB on each GPU", *_rows(run), f"{'at the peak':<12} {needed / GIB:8.2f}"]

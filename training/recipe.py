@@ -21,6 +21,8 @@ from .train_vq import VQRecipe
 # The paper's: attention and MLP of every layer.
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
+WHOLE_MATRICES = ("muon", "share_code_rows")  # settings for which each matrix must be in one piece, and trained
+
 
 @dataclass
 class SFTRecipe:
@@ -40,6 +42,7 @@ class SFTRecipe:
         context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
         history_noise: of the codes that an answer's picture so far consists of, up to this share is replaced by others
             of its codes, drawn anew at each epoch: the model learns to go by what it was asked and shown.
+        share_code_rows: image codes' rows of embeddings and head learn together, by how the codes look (`CodeRows`).
         evaluation: the fields of another `Mixture`, held out; its losses are logged as often as `sft` says.
         judge_per_category: Tabletop sentences of each category that are drawn and judged at each evaluation.
         lora: values of `peft.LoraConfig`: train an adapter alone. On attention and MLP unless `target_modules` differ.
@@ -63,6 +66,7 @@ class SFTRecipe:
     pack_tokens: int | None = None
     context_drop: float = 0.1
     history_noise: float = 0.0
+    share_code_rows: bool = False
     evaluation: dict[str, Any] | None = None
     judge_per_category: int = 0
     lora: dict[str, Any] | None = None
@@ -91,8 +95,9 @@ class SFTRecipe:
             raise ValueError(
                 f"quantization {self.quantization}: quantized weights cannot be trained; give `lora`, too"
             )
-        if self.muon and self.lora is not None:
-            raise ValueError("muon: true: it is for whole matrices; with `lora`, accepted is false")
+        for name in WHOLE_MATRICES:
+            if getattr(self, name) and self.lora is not None:
+                raise ValueError(f"{name}: true: it is for whole matrices; with `lora`, accepted is false")
         if self.muon and not str(optim := self.sft.get("optim", "adamw")).startswith("adamw"):
             raise ValueError(
                 f"muon: true with optim {optim!r}: what Muon leaves is for AdamW; accepted is adamw_torch"

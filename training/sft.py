@@ -26,12 +26,14 @@ from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
+from .code_rows import fold_code_rows, share_code_rows
+from .collator import Collator, pack
 from .folders import make_start, save_folder
 from .merge import gather_model
 from .mixture import Mixture, MixtureReader, read_mixture
-from .recipe import SFTRecipe, lora_config, sft_config
+from .recipe import WHOLE_MATRICES, SFTRecipe, lora_config, sft_config
 from .tokenize_dataset import HUB, load_tokenized, tokenize
-from .trainer import Collator, LuminaMGPTTrainer, SampleCallback, last_checkpoint, pack
+from .trainer import LuminaMGPTTrainer, SampleCallback, last_checkpoint
 
 
 def train(recipe: SFTRecipe) -> None:
@@ -41,10 +43,8 @@ def train(recipe: SFTRecipe) -> None:
         Diverged, Stopped: see `LuminaMGPTTrainer`.
     """
     # 1. The model
-    if recipe.muon and os.environ.get("ACCELERATE_USE_FSDP") == "true":
-        raise ValueError("muon: true needs whole matrices; accepted where FSDP shards them is false")
     arguments, adapter = sft_config(recipe), lora_config(recipe)
-    _check_same_run(recipe)
+    _check(recipe)
     with arguments.main_process_first(local=False):  # checkpoints need a disk that all machines see, too
         start = make_start(recipe)
     model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
@@ -63,29 +63,23 @@ def train(recipe: SFTRecipe) -> None:
     held_out = read_mixture(recipe.evaluation, "evaluation") if recipe.evaluation else None
     evaluated = _evaluated(held_out, processor, max_length, arguments)
     tasks = sorted({source.task for data in (mixture, held_out) if data for source in data.sources})
-    layout = processor.uni_rep
-    common = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "tasks": tasks}
-    common |= {"pad_id": model.config.pad_token_id, "seed": arguments.seed, "code_ids": layout.code_ids}
+    collator, eval_collator = _collators(recipe, processor, model.config.pad_token_id, tasks, encode, arguments)
 
     # 3. The run; the trainer changes both configurations for its own ends
     config, generation_config = deepcopy(model.config), deepcopy(model.generation_config)
-    set_seed(arguments.seed)  # an adapter's first weights are drawn
+    set_seed(arguments.seed)  # an adapter's first weights are drawn, and those of the function behind code rows
+    codebook, code_ids = pipe.vqvae.quantize.embedding.weight, processor.uni_rep.code_ids
     trainer = LuminaMGPTTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
         eval_dataset=evaluated,
-        data_collator=Collator(
-            **common,
-            context_drop=recipe.context_drop,
-            history_noise=recipe.history_noise,
-            row_length=recipe.pack_tokens if arguments.torch_compile else None,
-            encode=encode,
-        ),
-        eval_collator=Collator(**common),
+        data_collator=collator,
+        eval_collator=eval_collator,
         processing_class=processor.tokenizer,
         peft_config=adapter,
         muon=recipe.muon,
+        code_rows=share_code_rows(model, codebook, code_ids) if recipe.share_code_rows else (),
         spike_factor=recipe.spike_factor,
         max_skipped_steps=recipe.max_skipped_steps,
         max_minutes=recipe.max_minutes,
@@ -111,19 +105,25 @@ def _save_result(pipe: LuminaMGPTPipeline, trained: Any, config, generation_conf
         print(f"the adapter is in {recipe.output_dir}")
         return
     trained.config, trained.generation_config = config, generation_config
+    if recipe.share_code_rows:
+        fold_code_rows(trained)
     pipe.register_modules(transformer=trained)
     save_folder(pipe, recipe, recipe.output_dir)
     print(f"the model is in {recipe.output_dir}")
 
 
-def _check_same_run(recipe: SFTRecipe) -> None:
-    """ValueError if the folder's checkpoints are of other weights than the recipe's."""
+def _check(recipe: SFTRecipe) -> None:
+    """ValueError if matrices would be sharded that must be whole, or if checkpoints there are of other weights."""
+    for name in WHOLE_MATRICES:
+        if getattr(recipe, name) and os.environ.get("ACCELERATE_USE_FSDP") == "true":
+            raise ValueError(f"{name}: true needs whole matrices; accepted where FSDP shards them is false")
     path = Path(recipe.output_dir) / "trainer" / "recipe.yaml"
     if not path.exists() or not last_checkpoint(path.parent):
         return
     before = yaml.safe_load(path.read_text())
-    for name in ("model", "from_scratch", "lora", "quantization", "muon"):
-        if before.get(name, False if name == "muon" else None) != (now := getattr(recipe, name)):
+    for name in ("model", "from_scratch", "lora", "quantization", *WHOLE_MATRICES):
+        default = SFTRecipe.__dataclass_fields__[name].default  # of a run that is older than the setting
+        if before.get(name, default) != (now := getattr(recipe, name)):
             raise ValueError(
                 f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take "
                 "another output_dir"
@@ -161,6 +161,16 @@ def _evaluated(mixture: Mixture | None, processor, max_length: int, arguments: S
     blank = {**records[0], "labels": [IGNORED_LABEL] * len(records[0]["labels"])}
     num_blank = -len(records) % (arguments.world_size * arguments.eval_batch_size)
     return Dataset.from_list(records + [blank] * num_blank)
+
+
+def _collators(recipe: SFTRecipe, processor, pad_id: int, tasks: list[str], encode, arguments) -> list[Collator]:
+    """The training's, and the evaluation's, which leaves records as they are."""
+    layout = processor.uni_rep
+    common: Any = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "code_ids": layout.code_ids}
+    common |= {"pad_id": pad_id, "tasks": tasks, "seed": arguments.seed}
+    row_length = recipe.pack_tokens if arguments.torch_compile else None
+    shares: Any = {"context_drop": recipe.context_drop, "history_noise": recipe.history_noise}
+    return [Collator(**common, **shares, row_length=row_length, encode=encode), Collator(**common)]
 
 
 def _add_samples(trainer: LuminaMGPTTrainer, pipe: LuminaMGPTPipeline, recipe: SFTRecipe) -> None:

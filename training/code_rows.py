@@ -1,0 +1,87 @@
+"""Rows of image codes that learn together: what a model learns about one code holds for those that look like it.
+
+An embedding and a head have one row for each code. Learned one by one, a code that is rare in the training data is
+known badly, and one that is in no answer at all is learned never to be given. So, while a model is trained, a code's
+row is what it was, plus a function of the code's vector in the VQ model's codebook, plus an offset of its own.
+Afterwards rows are what they came to, in an ordinary embedding and head.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+
+HIDDEN = 128  # units of the function: few, so that it cannot tell codes apart that look alike
+
+
+class CodeRows(nn.Module):
+    """The parametrization of one weight, `(vocab_size, hidden_size)`: its rows of image codes, as said above.
+
+    A code has an offset only from the first time that it is an answer. Before, all that training could teach it is not
+    to be given; its row goes with those that look like it.
+    """
+
+    code_ids: Tensor  # (codes,)
+    codes: Tensor  # (codes, components)
+    start: Tensor  # (codes, hidden_size), the rows as they were
+    answered: Tensor  # (vocab_size,), whether a token has been an answer
+
+    def __init__(self, weight: Tensor, codes: Tensor, code_ids: Tensor):
+        super().__init__()
+        self.register_buffer("code_ids", code_ids, persistent=False)
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("start", weight[code_ids].detach().clone(), persistent=False)
+        self.register_buffer("answered", torch.zeros(len(weight), dtype=torch.bool))
+        self.first, self.second, self.last = (
+            nn.Linear(size, width)
+            for size, width in ((codes.shape[1], HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, weight.shape[1]))
+        )
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        hidden = F.gelu(self.first(self.codes))
+        shared = self.last(hidden + F.gelu(self.second(hidden)))  # (codes, hidden_size)
+        own = (weight[self.code_ids] - self.start) * self.answered[self.code_ids, None]
+        return weight.index_copy(0, self.code_ids, (self.start + shared + own).to(weight.dtype))
+
+    @torch.no_grad()
+    def note(self, labels: Tensor) -> None:
+        """Remembers the answers of a batch, `labels` of any shape."""
+        self.answered[labels[labels >= 0]] = True
+
+
+def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor, code_ids: Tensor) -> list[CodeRows]:
+    """Lets embeddings and head learn their codes' rows together, until `fold_code_rows`.
+
+    Args:
+        codebook: `(codes, components)`, the vectors of the VQ model.
+        code_ids: `(codes,)`, the tokens that stand for them.
+
+    Returns:
+        The parametrizations, which have to be told the answers.
+    """
+    codes = codebook.detach().float()
+    codes = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6).sqrt()
+    codes = codes * (codes.shape[1] ** 0.5 / codes.norm(dim=1).mean())
+    found, device = [], model.device
+    for module in _embedding_and_head(model):
+        found.append(CodeRows(module.weight, codes.to(device), code_ids.to(device)).to(device))
+        parametrize.register_parametrization(module, "weight", found[-1])
+    return found
+
+
+@torch.no_grad()
+def fold_code_rows(model: LuminaMGPTForConditionalGeneration) -> None:
+    """Makes embeddings and head ordinary again, with the rows as they are now."""
+    for module in _embedding_and_head(model):
+        parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _embedding_and_head(model: LuminaMGPTForConditionalGeneration) -> Sequence[Any]:
+    return model.get_input_embeddings(), model.get_output_embeddings()

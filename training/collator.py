@@ -1,0 +1,141 @@
+"""What feeds the trainer: records packed in rows; rows made a batch, with contexts dropped and histories disturbed."""
+
+import random
+from bisect import bisect_left, insort
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+
+from modeling_lumina_mgpt.modeling_lumina_mgpt import IGNORED_LABEL
+
+
+@dataclass
+class Collator:
+    """Rows of a dataset -> one batch: encodes what is not yet, drops contexts, disturbs histories, pads on the right.
+
+    Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
+    from that picture's start on are left, without the final end-of-turn. In a disturbed history some codes of the
+    answers' pictures are others than the ones to predict, as they are when a model draws: what comes next is then
+    learned from what was asked and shown, too, and not from the codes before alone. Both depend on the record, the
+    epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
+
+    Attributes:
+        code_ids: those of image codes.
+        tasks: names that `task_ids` count.
+        context_drop: probability of dropping a record's context.
+        history_noise: of a record's predicted codes, up to this share is replaced by others of them in `input_ids`.
+        row_length: to which packed rows are padded, so that batches of as many rows have one shape, to be compiled.
+        encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
+    """
+
+    pad_id: int
+    image_start_id: int
+    image_end_id: int
+    code_ids: Tensor
+    tasks: Sequence[str]
+    context_drop: float = 0.0
+    history_noise: float = 0.0
+    row_length: int | None = None
+    seed: int = 0
+    encode: Callable[[list[dict], int], list[dict]] | None = None
+    shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
+
+    def __post_init__(self):
+        self._codes = frozenset(self.code_ids.tolist())
+
+    @property
+    def epoch(self) -> int:
+        return int(self.shared_epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int):
+        self.shared_epoch.fill_(epoch)  # seen by loader processes that live on
+
+    def __call__(self, rows: list[dict]) -> dict[str, Tensor]:
+        """A batch of as many rows; those of a packed dataset hold several records, which follow each other.
+
+        Returns:
+            `input_ids`, `labels` and `task_ids` (-1 on padding), int64 (batch, length); `attended`, int64 (batch): how
+            many pairs of tokens attention compares; and of packed rows `position_ids`, which start anew with each
+            record. There is no attention mask: nothing that counts comes after the padding.
+        """
+        packed = "records" in rows[0]
+        records = [record for row in rows for record in row["records"]] if packed else rows
+        if self.encode is not None:
+            records = self.encode(records, self.epoch)
+        ready = iter([self._ready(record) for record in records])
+        lines = [[next(ready) for _ in row["records"]] for row in rows] if packed else [[one] for one in ready]
+        longest = max(sum(len(ids) for ids, _, _ in line) for line in lines)
+        length = max(longest, self.row_length or 0) if packed else longest
+        batch = {
+            "input_ids": [_joined([ids for ids, _, _ in line], length, self.pad_id) for line in lines],
+            "labels": [_joined([labels for _, labels, _ in line], length, IGNORED_LABEL) for line in lines],
+            "task_ids": [_joined([[task] * len(ids) for ids, _, task in line], length, -1) for line in lines],
+            "attended": [sum(len(ids) * (len(ids) + 1) // 2 for ids, _, _ in line) for line in lines],
+        }
+        if packed:
+            batch["position_ids"] = [_positions([len(ids) for ids, _, _ in line], length) for line in lines]
+        return {name: torch.tensor(values) for name, values in batch.items()}
+
+    def _ready(self, record: dict) -> tuple[list[int], list[int], int]:
+        """Ids, labels and task; the first label is none, since in a packed row another record's token precedes it."""
+        epoch = record.get("epoch", self.epoch)  # a stream's own, which to the trainer has but one
+        ids, labels = list(record["input_ids"]), list(record["labels"])
+        rng = random.Random(f"{self.seed}/{epoch}/{ids}")
+        ids, labels = self._drop(ids, labels, rng)
+        return self._disturb(ids, labels, rng), [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
+
+    def _drop(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        if rng.random() >= self.context_drop or labels[-2] != self.image_end_id:
+            return ids, labels
+        start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
+        return ids[start:-1], labels[start:-1]
+
+    def _disturb(self, ids: list[int], labels: list[int], rng: random.Random) -> list[int]:
+        share = self.history_noise * rng.random()  # between records it differs, so that clean histories are trusted
+        if not share:
+            return ids
+        codes = [label for label in labels if label in self._codes]
+        return [
+            rng.choice(codes) if label in self._codes and rng.random() < share else token
+            for token, label in zip(ids, labels, strict=True)
+        ]
+
+
+def _joined(parts: list[list[int]], length: int, filler: int) -> list[int]:
+    joined = [value for part in parts for value in part]
+    return joined + [filler] * (length - len(joined))
+
+
+def _positions(lengths: list[int], length: int) -> list[int]:
+    return [position for num in (*lengths, length - sum(lengths)) for position in range(num)]
+
+
+def pack(dataset: Dataset, num_tokens: int) -> Dataset:
+    """Rows of records that have at most so many tokens together: the longest first, each where least room is left.
+
+    Args:
+        dataset: with a column `length`, none of which is above `num_tokens`.
+
+    Returns:
+        A dataset with `records` (read when they are asked for) and `length`.
+    """
+    lengths = list(dataset["length"])
+    rows: list[list[int]] = []
+    rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        place = bisect_left(rooms, (lengths[i], 0))
+        room, row = rooms.pop(place) if place < len(rooms) else (num_tokens, len(rows))
+        if row == len(rows):
+            rows.append([])
+        rows[row].append(i)
+        insort(rooms, (room - lengths[i], row))
+
+    def read(batch: dict[str, list]) -> dict[str, list]:
+        return {"records": [[dataset[i] for i in row] for row in batch["records"]], "length": batch["length"]}
+
+    packed = Dataset.from_dict({"records": rows, "length": [sum(lengths[i] for i in row) for row in rows]})
+    return packed.with_transform(read, columns=["records", "length"])
