@@ -16,27 +16,28 @@ from torch.nn.utils import parametrize
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 
+MIN_ANSWERS = 200  # before a code has an offset of its own
 HIDDEN = 128  # units of the function: few, so that it cannot tell codes apart that look alike
 
 
 class CodeRows(nn.Module):
     """The parametrization of one weight, `(vocab_size, hidden_size)`: its rows of image codes, as said above.
 
-    A code has an offset only from the first time that it is an answer. Before, all that training could teach it is not
-    to be given; its row goes with those that look like it.
+    A code has an offset only once it has often been an answer. Before, most that training could teach it is not to be
+    given; its row goes with those that look like it.
     """
 
     code_ids: Tensor  # (codes,)
     codes: Tensor  # (codes, components)
     start: Tensor  # (codes, hidden_size), the rows as they were
-    answered: Tensor  # (vocab_size,), whether a token has been an answer
+    num_answers: Tensor  # (vocab_size,), how often a token has been one
 
     def __init__(self, weight: Tensor, codes: Tensor, code_ids: Tensor):
         super().__init__()
         self.register_buffer("code_ids", code_ids, persistent=False)
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("start", weight[code_ids].detach().clone(), persistent=False)
-        self.register_buffer("answered", torch.zeros(len(weight), dtype=torch.bool))
+        self.register_buffer("num_answers", torch.zeros(len(weight), dtype=torch.long))
         self.first, self.second, self.last = (
             nn.Linear(size, width)
             for size, width in ((codes.shape[1], HIDDEN), (HIDDEN, HIDDEN), (HIDDEN, weight.shape[1]))
@@ -47,13 +48,14 @@ class CodeRows(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         hidden = F.gelu(self.first(self.codes))
         shared = self.last(hidden + F.gelu(self.second(hidden)))  # (codes, hidden_size)
-        own = (weight[self.code_ids] - self.start) * self.answered[self.code_ids, None]
+        has_own = self.num_answers[self.code_ids, None] >= MIN_ANSWERS
+        own = (weight[self.code_ids] - self.start) * has_own
         return weight.index_copy(0, self.code_ids, (self.start + shared + own).to(weight.dtype))
 
     @torch.no_grad()
     def note(self, labels: Tensor) -> None:
-        """Remembers the answers of a batch, `labels` of any shape."""
-        self.answered[labels[labels >= 0]] = True
+        """Counts the answers of a batch, `labels` of any shape."""
+        self.num_answers += torch.bincount(labels[labels >= 0], minlength=len(self.num_answers))
 
 
 def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor, code_ids: Tensor) -> list[CodeRows]:

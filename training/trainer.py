@@ -250,7 +250,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         config = self.model.config
         total = 3 * 4 * config.hidden_size * config.num_hidden_layers * window["pairs"]
         for name, module in self.model.named_modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and "parametrizations" not in name:  # those are run once a step
                 num_tokens = window["predicted_tokens" if "lm_head" in name else "tokens"]
                 per_weight = 6 if module.weight.requires_grad else 4
                 total += per_weight * module.in_features * module.out_features * num_tokens
