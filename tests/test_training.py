@@ -199,7 +199,8 @@ def test_samples_are_drawn_while_training(recipe, tmp_path):
 
 
 def test_a_shape_like_anothers_with_new_weights(recipe, start, tmp_path):
-    made = recipe("new", model=None, from_scratch={"like": start, "config": {"num_hidden_layers": 1}}, max_steps=1)
+    shape = {"like": start, "config": {"num_hidden_layers": 1}}
+    made = recipe("new", model=None, from_scratch=shape, share_code_rows=True, max_steps=1)
     train(made)
     pipe = LuminaMGPTPipeline.from_pretrained(tmp_path / "new")
     assert len(pipe.transformer.model.layers) == 1
