@@ -508,11 +508,12 @@ def _load(model: str | None, lora: list[str] | None = None) -> "LuminaMGPTPipeli
     from .places import folder_or_repo, load_pipeline
 
     folder = default_checkpoint() if model is None else folder_or_repo(model, "model")
+    adapters = [(folder_or_repo(name, "lora"), weight) for name, weight in map(_weighed, lora or [])]
     logging.disable_progress_bar()  # the one that is left shows the drawing
     pipe = load_pipeline(folder)
     weights = {}
-    for name, weight in map(_weighed, lora or []):
-        pipe.load_lora_weights(folder_or_repo(name, "lora"))
+    for name, weight in adapters:
+        pipe.load_lora_weights(name)
         weights[pipe.get_active_adapters()[0]] = weight
     if weights:
         pipe.set_adapters([*weights], [*weights.values()])

@@ -762,6 +762,7 @@ COMMANDS = {
         "generate a --model files/no-such-run",
         "model .*: files has no no-such-run",
     ),
+    "an adapter that is not in its folder": ("generate a --lora files/nope", "lora .*: files has no nope"),
     "the other count of cases": ("evaluate --all --num-per-category 3", "accepted there is --num-cases"),
     "the count of all cases": ("evaluate --num-cases 3", "accepted there is --num-per-category"),
     "a model of nothing": ("generate a --model files/nothing", "nothing cannot be loaded"),
@@ -876,7 +877,7 @@ def test_a_broken_folder_is_a_plain_error_that_names_it(call, said, kit, tiny_fo
 @pytest.mark.parametrize(("command", "said"), all_of({"commands": COMMANDS}))
 def test_a_malformed_command_is_one_line_and_writes_nothing(command, said, kit, tmp_path, monkeypatch):
     load = cli._load
-    monkeypatch.setattr(cli, "_load", lambda model, lora=None: kit.pipe if model is None else load(model))
+    monkeypatch.setattr(cli, "_load", lambda model, lora=None: load(model, lora) if model or lora else kit.pipe)
     before = listing(tmp_path)
     result = CliRunner().invoke(cli.app, command.split() if isinstance(command, str) else command)
     assert result.exit_code == 2 and not result.stdout, result.output

@@ -58,6 +58,22 @@ class CodeRows(nn.Module):
         self.num_answers += torch.bincount(labels[labels >= 0], minlength=len(self.num_answers))
 
 
+@torch.no_grad()
+def start_codes_alike(model: LuminaMGPTForConditionalGeneration, codebook: Tensor, code_ids: Tensor) -> None:
+    """Adds one random projection of the codebook to the codes' rows of embeddings and head.
+
+    Codes that look alike begin alike, and what attention brings from an embedding is near the head's row of that code:
+    most answers copy most of a given picture.
+
+    Args:
+        codebook, code_ids: as in `share_code_rows`.
+    """
+    codes = _normalized(codebook)
+    projection = model.config.initializer_range * torch.randn(codes.shape[1], model.config.hidden_size)
+    for module in _embedding_and_head(model):
+        module.weight[code_ids] += codes @ projection
+
+
 def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor, code_ids: Tensor) -> list[CodeRows]:
     """Lets embeddings and head learn their codes' rows together, until `fold_code_rows`.
 
@@ -68,9 +84,7 @@ def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor,
     Returns:
         The parametrizations, which have to be told the answers.
     """
-    codes = codebook.detach().float()
-    codes = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6).sqrt()
-    codes = codes * (codes.shape[1] ** 0.5 / codes.norm(dim=1).mean())
+    codes = codebook.shape[1] ** 0.5 * _normalized(codebook)
     found, device = [], model.device
     for module in _embedding_and_head(model):
         found.append(CodeRows(module.weight, codes.to(device), code_ids.to(device)).to(device))
@@ -83,6 +97,13 @@ def fold_code_rows(model: LuminaMGPTForConditionalGeneration) -> None:
     """Makes embeddings and head ordinary again, with the rows as they are now."""
     for module in _embedding_and_head(model):
         parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
+
+
+def _normalized(codebook: Tensor) -> Tensor:
+    """The codes' vectors around 0 and of length 1 in the mean, large components less large."""
+    codes = codebook.detach().float()  # (codes, components)
+    codes = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-6).sqrt()
+    return codes / codes.norm(dim=1).mean()
 
 
 def _embedding_and_head(model: LuminaMGPTForConditionalGeneration) -> Sequence[Any]:

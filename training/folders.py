@@ -16,6 +16,7 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.pipelines.places import folder_or_repo
 from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
+from .code_rows import start_codes_alike
 from .mixture import read_mixture
 from .recipe import SFTRecipe
 from .tabletop import SEGMENT_PALETTE, tabletop_texts
@@ -48,23 +49,8 @@ def new_pipeline(shape: dict[str, Any]) -> LuminaMGPTPipeline:
         **shape["config"],
     )
     model = LuminaMGPTForConditionalGeneration(config)
-    _start_codes_alike(model, vqvae, processor.uni_rep.code_ids)
+    start_codes_alike(model, vqvae.quantize.embedding.weight, processor.uni_rep.code_ids)
     return LuminaMGPTPipeline(model, vqvae, processor)
-
-
-@torch.no_grad()
-def _start_codes_alike(model: LuminaMGPTForConditionalGeneration, vqvae: VQModel, code_ids: torch.Tensor) -> None:
-    """Adds one random projection of the codebook to the codes' rows of embeddings and head.
-
-    Codes that look alike begin alike, and what attention brings from an embedding is near the head's row of that code:
-    most answers copy most of a given picture.
-    """
-    codes = vqvae.quantize.embedding.weight.float()  # (codes, components)
-    codes = (codes - codes.mean(0)) / codes.std(0).sqrt()
-    codes = codes / codes.norm(dim=1).mean()
-    projection = model.config.initializer_range * torch.randn(codes.shape[1], model.config.hidden_size)
-    for embeddings in (model.get_input_embeddings(), model.get_output_embeddings()):
-        embeddings.weight[code_ids] += codes @ projection
 
 
 def make_start(recipe: SFTRecipe) -> str:

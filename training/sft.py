@@ -123,9 +123,9 @@ def _check(recipe: SFTRecipe) -> None:
     before = yaml.safe_load(path.read_text())
     for name in ("model", "from_scratch", "lora", "quantization", *WHOLE_MATRICES):
         default = SFTRecipe.__dataclass_fields__[name].default  # of a run that is older than the setting
-        if before.get(name, default) != (now := getattr(recipe, name)):
+        if (earlier := before.get(name, default)) != (now := getattr(recipe, name)):
             raise ValueError(
-                f"{name} {now!r}: the run in {recipe.output_dir} has {before.get(name)!r}; set it back, or take "
+                f"{name} {now!r}: the run in {recipe.output_dir} has {earlier!r}; set it back, or take "
                 "another output_dir"
             )
 
