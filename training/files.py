@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from socket import gethostname
 
+import psutil
+
 
 def write_whole(path: Path, content: bytes) -> None:
     """A file that appears when it is whole and on the disk; what a killed process has left of it goes."""
@@ -26,10 +28,10 @@ def _is_written(part: Path) -> bool:
     """Whether somebody may still write this temporary file, which takes a second or so."""
     *_, pid, _ = part.name.split(".")
     try:
-        if f".{gethostname()}.{pid}." in part.name:
-            os.kill(int(pid), 0)
+        if f".{gethostname()}.{pid}." in part.name and psutil.Process(int(pid)).status() == psutil.STATUS_ZOMBIE:
+            return False  # killed, and its parent has not asked for it yet
         return time.time() - part.stat().st_mtime < 60
-    except PermissionError:  # another user's
+    except psutil.AccessDenied:  # another user's
         return True
-    except (ProcessLookupError, FileNotFoundError):
+    except (psutil.NoSuchProcess, FileNotFoundError):
         return False
