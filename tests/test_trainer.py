@@ -181,6 +181,35 @@ def test_a_disturbed_history_has_other_codes_in_the_answer_alone(make_trainer, r
         assert bool(num_changed) == bool(history_noise) and num_changed <= history_noise * num_codes
 
 
+def test_renamed_codes_leave_differences_and_what_is_around_as_they_are(tiny_processor):
+    uni_rep = tiny_processor.uni_rep
+    before = torch.randperm(64)[:48].view(6, 8)
+    after = before.clone()
+    after[1, 2] = 63 - before[1, 2]
+    turns = ["change it <|image|>", "<|image|>", "and nothing more", "<|image|>"]
+    record = tiny_processor.encode_conversation(turns, [before, after, after]) | {"task": "edit"}
+    ids, labels = (torch.tensor(record[name]) for name in ("input_ids", "labels"))
+    common = (0, uni_rep.start_id, uni_rep.end_id, uni_rep.code_ids, TASKS)
+    are_codes = torch.isin(ids, uni_rep.code_ids)
+    near = torch.zeros(6, 8, dtype=torch.bool)
+    near[0:3, 1:4] = True
+    num_renamed = 0
+    for seed in range(8):
+        batch = Collator(*common, code_renaming={"edit": 1.0}, seed=seed)([record])
+        renamed, (first, second, third) = batch["input_ids"][0], batch["input_ids"][0][are_codes].view(3, 6, 8)
+        assert torch.equal(first == second, before == after) and torch.equal(second, third)
+        assert torch.equal(first[near], uni_rep.code_ids[before[near]])
+        assert torch.equal(renamed[~are_codes], ids[~are_codes])
+        assert torch.equal(batch["labels"][0, 1:], torch.where(labels >= 0, renamed, labels)[1:])
+        num_renamed += int((first != uni_rep.code_ids[before]).sum())
+    assert 0.2 < num_renamed / (8 * 39) < 0.8  # any share, of 48 places less 9
+    untouched = Collator(*common, code_renaming={"caption": 1.0})([record])
+    assert torch.equal(untouched["input_ids"][0], ids)
+    of_two_sizes = tiny_processor.encode_conversation(turns[:2], [before, after[:4]]) | {"task": "edit"}
+    left = Collator(*common, code_renaming={"edit": 1.0})([of_two_sizes])
+    assert left["input_ids"][0].tolist() == list(of_two_sizes["input_ids"])
+
+
 def test_lengths_are_grouped_as_the_seed_and_the_epoch_say(make_trainer):
     first, again = (make_trainer(train_sampling_strategy="group_by_length") for _ in range(2))
     orders = []

@@ -273,6 +273,12 @@ def test_recipes_can_be_read(path):
         ({"samples": {"steps": 0, "prompts": ["a cube"]}}, "accepted are `steps` from 1 on"),
         ({"samples": {"steps": 3, "prompts": "a cube"}}, "a list of `prompts`"),
         ({"context_drop": 2}, "context_drop 2: accepted are 0 to 1"),
+        (
+            {"code_renaming": {"edits": 0.5}},
+            "code_renaming .*'edits'.*: accepted are 0 to 1 for each of text-to-image, ",
+        ),
+        ({"code_renaming": {"edit": 2}}, "code_renaming .*'edit': 2.*: accepted are 0 to 1 for each of"),
+        ({"code_renaming": 0.5}, "code_renaming 0.5: accepted are `name: value` lines"),
         ({"pack_tokens": -1, "tokenized": "x"}, "pack_tokens -1"),
         ({"sft": {"resume_from_checkpoint": "x"}}, "last whole checkpoint"),
         ({"generation": {"image_top": 3}}, "generation .'image_top'."),

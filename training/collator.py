@@ -2,8 +2,9 @@
 
 import random
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby, pairwise
 
 import torch
 from datasets import Dataset
@@ -19,14 +20,17 @@ class Collator:
     Dropped context trains guidance's unconditional branch: of a record whose answer ends in a picture, only the tokens
     from that picture's start on are left, without the final end-of-turn. In a disturbed history some codes of the
     answers' pictures are others than the ones to predict, as they are when a model draws: what comes next is then
-    learned from what was asked and shown, too, and not from the codes before alone. Both depend on the record, the
-    epoch and the seed alone, so that a resumed run sees what an undisturbed one would have seen.
+    learned from what was asked and shown, too, and not from the codes before alone. Where codes are renamed, what a
+    record's pictures have in common, away from all differences, is made of other codes, the same in all pictures: it is
+    learned that things stay as they are, whatever they look like. All of this depends on the record, the epoch and the
+    seed alone, so that a resumed run sees what an undisturbed one would have seen.
 
     Attributes:
         code_ids: those of image codes.
         tasks: names that `task_ids` count.
         context_drop: probability of dropping a record's context.
         history_noise: of a record's predicted codes, up to this share is replaced by others of them in `input_ids`.
+        code_renaming: by task, the probability that codes of a record are renamed, if its pictures are of one size.
         row_length: to which packed rows are padded, so that batches of as many rows have one shape, to be compiled.
         encode: called as `encode(rows, epoch)` on rows without `input_ids`; None: all have them.
     """
@@ -38,13 +42,15 @@ class Collator:
     tasks: Sequence[str]
     context_drop: float = 0.0
     history_noise: float = 0.0
+    code_renaming: Mapping[str, float] = field(default_factory=dict)
     row_length: int | None = None
     seed: int = 0
     encode: Callable[[list[dict], int], list[dict]] | None = None
     shared_epoch: Tensor = field(default_factory=lambda: torch.zeros((), dtype=torch.long).share_memory_())
 
     def __post_init__(self):
-        self._codes = frozenset(self.code_ids.tolist())
+        self._all_codes: list[int] = self.code_ids.tolist()
+        self._codes = frozenset(self._all_codes)
 
     @property
     def epoch(self) -> int:
@@ -86,6 +92,8 @@ class Collator:
         ids, labels = list(record["input_ids"]), list(record["labels"])
         rng = random.Random(f"{self.seed}/{epoch}/{ids}")
         ids, labels = self._drop(ids, labels, rng)
+        if rng.random() < self.code_renaming.get(record["task"], 0.0):
+            ids, labels = self._rename(ids, labels, rng)
         return self._disturb(ids, labels, rng), [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
 
     def _drop(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
@@ -93,6 +101,24 @@ class Collator:
             return ids, labels
         start = len(ids) - 1 - ids[::-1].index(self.image_start_id)
         return ids[start:-1], labels[start:-1]
+
+    def _rename(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
+        pictures = [*self._pictures(ids)]
+        if len({tuple(map(len, picture)) for picture in pictures}) > 1:
+            return ids, labels
+        kept = {code for before, after in pairwise(pictures) for code in _near_differences(before, after)}
+        share = rng.random()
+        free = sorted({code for picture in pictures[1:] for row in picture for code in row} - kept)
+        chosen = [code for code in free if rng.random() < share]
+        others = dict(zip(chosen, rng.sample(self._all_codes, len(chosen)), strict=True))
+        return [others.get(token, token) for token in ids], [others.get(label, label) for label in labels]
+
+    def _pictures(self, ids: list[int]) -> Iterator[list[list[int]]]:
+        """Each picture's rows of codes."""
+        starts = [i for i, token in enumerate(ids) if token == self.image_start_id]
+        for start in starts:
+            tokens = ids[start : ids.index(self.image_end_id, start)]
+            yield [list(row) for are_codes, row in groupby(tokens, self._codes.__contains__) if are_codes]
 
     def _disturb(self, ids: list[int], labels: list[int], rng: random.Random) -> list[int]:
         share = self.history_noise * rng.random()  # between records it differs, so that clean histories are trusted
@@ -103,6 +129,14 @@ class Collator:
             rng.choice(codes) if label in self._codes and rng.random() < share else token
             for token, label in zip(ids, labels, strict=True)
         ]
+
+
+def _near_differences(before: list[list[int]], after: list[list[int]]) -> Iterator[int]:
+    """Codes of two pictures of one size where they differ, and of the places around."""
+    for i, j in ((i, j) for i, row in enumerate(before) for j, code in enumerate(row) if code != after[i][j]):
+        for picture in (before, after):
+            for row in picture[max(i - 1, 0) : i + 2]:
+                yield from row[max(j - 1, 0) : j + 2]
 
 
 def _joined(parts: list[list[int]], length: int, filler: int) -> list[int]:

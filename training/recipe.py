@@ -13,6 +13,7 @@ from trl import SFTConfig
 
 from modeling_lumina_mgpt import LuminaMGPTConfig
 from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
+from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .mixture import read_mixture
@@ -42,6 +43,8 @@ class SFTRecipe:
         context_drop: probability of dropping what precedes an answer's picture, drawn anew at each epoch.
         history_noise: of the codes that an answer's picture so far consists of, up to this share is replaced by others
             of its codes, drawn anew at each epoch: the model learns to go by what it was asked and shown.
+        code_renaming: by task, the probability that a record has other codes in place of some that its pictures share,
+            drawn anew at each epoch: the model learns to keep what it has never seen. For tasks that copy.
         share_code_rows: image codes' rows of embeddings and head learn together, by how the codes look (`CodeRows`).
         evaluation: the fields of another `Mixture`, held out; its losses are logged as often as `sft` says.
         judge_per_category: Tabletop sentences of each category that are drawn and judged at each evaluation.
@@ -66,6 +69,7 @@ class SFTRecipe:
     pack_tokens: int | None = None
     context_drop: float = 0.1
     history_noise: float = 0.0
+    code_renaming: dict[str, float] = field(default_factory=dict)
     share_code_rows: bool = False
     evaluation: dict[str, Any] | None = None
     judge_per_category: int = 0
@@ -81,7 +85,8 @@ class SFTRecipe:
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        for name in ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation"):
+        maps = ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation")
+        for name in (*maps, "code_renaming"):
             if not isinstance(value := getattr(self, name), dict | None):
                 raise ValueError(f"{name} {value!r}: accepted are `name: value` lines")
         if bool(self.model) == bool(self.from_scratch):
@@ -105,6 +110,8 @@ class SFTRecipe:
         for name in ("context_drop", "history_noise", "cooldown"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {share}: accepted are 0 to 1")
+        if any(task not in TASKS or not 0 <= share <= 1 for task, share in self.code_renaming.items()):
+            raise ValueError(f"code_renaming {self.code_renaming}: accepted are 0 to 1 for each of {', '.join(TASKS)}")
         if self.max_minutes is not None and not _is_positive(self.max_minutes):
             raise ValueError(f"max_minutes {self.max_minutes!r}: accepted are numbers above 0")
         if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):

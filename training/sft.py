@@ -169,8 +169,8 @@ def _collators(recipe: SFTRecipe, processor, pad_id: int, tasks: list[str], enco
     common: Any = {"image_start_id": layout.start_id, "image_end_id": layout.end_id, "code_ids": layout.code_ids}
     common |= {"pad_id": pad_id, "tasks": tasks, "seed": arguments.seed}
     row_length = recipe.pack_tokens if arguments.torch_compile else None
-    shares: Any = {"context_drop": recipe.context_drop, "history_noise": recipe.history_noise}
-    return [Collator(**common, **shares, row_length=row_length, encode=encode), Collator(**common)]
+    changes: Any = {name: getattr(recipe, name) for name in ("context_drop", "history_noise", "code_renaming")}
+    return [Collator(**common, **changes, row_length=row_length, encode=encode), Collator(**common)]
 
 
 def _add_samples(trainer: LuminaMGPTTrainer, pipe: LuminaMGPTPipeline, recipe: SFTRecipe) -> None:
