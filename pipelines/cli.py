@@ -296,13 +296,14 @@ def evaluate(
     ] = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the cases.")] = 0,
+    split: Annotated[str, typer.Option(help="test; or validation, to choose settings by.")] = "test",
     guidance_scale: Guidance = None,
     best_of: Annotated[int, typer.Option(min=1, help="Pictures of each sentence; the best one counts.")] = 1,
     model: Model = None,
     lora: Lora = None,
 ):
     """Draw held-out sentences of the Tabletop world and judge the pictures; or score every task."""
-    options: dict[str, Any] = {"seed": seed, **_size(size)}
+    options: dict[str, Any] = {"seed": seed, "split": split, **_size(size)}
     if all_tasks:
         if guidance_scale is not None or best_of > 1:
             raise ValueError("--all takes neither guidance-scale nor best-of: it scores the checkpoint's own settings")

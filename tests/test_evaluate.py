@@ -13,9 +13,10 @@ from modeling_lumina_mgpt.training.tabletop import (
     HELD_OUT,
     Caption,
     SceneObject,
-    in_test_split,
     render,
     sample_scene,
+    split_of,
+    split_of_sentence,
     to_image,
 )
 
@@ -95,10 +96,19 @@ def test_a_failed_picture_is_graded_by_what_it_holds():
 def test_examples_are_held_out_reproducible_and_of_their_category():
     examples = scores.held_out_examples(2, 64, 64)
     assert [e.category for e in examples] == [c for c in scores.CATEGORIES for _ in range(2)]
-    assert all(scores.category_of(e.caption) == e.category and in_test_split(e.caption.text) for e in examples)
+    assert all(scores.category_of(e.caption) == e.category for e in examples)
+    assert all(split_of_sentence(e.caption.text) == "test" for e in examples)
     assert [e for e in scores.held_out_examples(3, 64, 64) if e in examples] == examples
     new = [any(o.combination in HELD_OUT for o in e.scene.objects) for e in examples]
     assert new == [False, True] * len(scores.CATEGORIES)
+    chosen_by = scores.held_out_examples(2, 64, 64, split="validation")
+    assert (
+        {split_of(e.scene) for e in chosen_by}
+        == {split_of_sentence(e.caption.text) for e in chosen_by}
+        == {"validation"}
+    )
+    with pytest.raises(ValueError, match="split 'train': accepted are test, validation"):
+        scores.held_out_examples(1, 64, 64, split="train")
 
 
 def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):

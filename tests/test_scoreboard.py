@@ -210,5 +210,7 @@ def test_tasks_without_training_are_left_out_and_sizes_are_buckets(score, long_p
     long_pipe.processor.trained_tasks = ["vqa"]
     report = score()
     assert list(report["tasks"]) == ["vqa", "chat"] and "depth: left out" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="split 'train': accepted are test, validation"):
+        score(split="train")
     with pytest.raises(ValueError, match=r"size 32x32: this checkpoint crops what it is given to .*64x64"):
         score(height=32, width=32)

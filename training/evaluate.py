@@ -42,9 +42,9 @@ from .tabletop import (
     Caption,
     Scene,
     describe,
-    in_test_split,
     render,
     sample_scene,
+    split_of_sentence,
     to_image,
 )
 
@@ -257,29 +257,40 @@ def true_pictures(
 # --- the sentences ---------------------------------------------------------------------------------------------------
 
 
-def held_out_examples(num_per_category: int, width_px: int, height_px: int, seed: int = 0) -> list[Example]:
-    """Test sentences, every second about a scene with a combination of shape, color and size that training never has.
+def held_out_examples(
+    num_per_category: int, width_px: int, height_px: int, seed: int = 0, split: str = "test"
+) -> list[Example]:
+    """Sentences of the "test" or the "validation" split, which are in no training data.
 
-    Example i of a category depends on `seed` and i alone.
+    Of the test's, every second is about a scene with a combination of shape, color and size that training never has.
+    Example i of a category depends on `seed`, `split` and i alone.
     """
-    examples = []
+    examples, of_scenes = [], scene_splits(split)
     for category in CATEGORIES:
         for i in range(num_per_category):
             rng = random.Random(f"{seed}/{category}/{i}")
-            scene, caption = _draw_example(category, rng, width_px, height_px, split=("train", "test")[i % 2])
+            of_scene = of_scenes[i % len(of_scenes)]
+            scene, caption = _draw_example(category, rng, width_px, height_px, of_scene, split)
             examples.append(Example(category, caption, scene, rng.getrandbits(32)))
     return examples
 
 
+def scene_splits(split: str) -> tuple[str, ...]:
+    """Where the scenes are from that a split's sentences are about in turn; ValueError for what is not scored by."""
+    if split not in (known := {"test": ("train", "test"), "validation": ("validation",)}):
+        raise ValueError(f"split {split!r}: accepted are {', '.join(known)}")
+    return known[split]
+
+
 def _draw_example(
-    category: str, rng: random.Random, width_px: int, height_px: int, split: str
+    category: str, rng: random.Random, width_px: int, height_px: int, of_scene: str, of_sentence: str
 ) -> tuple[Scene, Caption]:
     counts = {"single_object": (1,), "colors": (1,), "counting": (2, 3, 4)}.get(category, (2,))
     num_objects = rng.choice(counts)
     while True:
-        scene = sample_scene(rng, width_px, height_px, num_objects, split)
+        scene = sample_scene(rng, width_px, height_px, num_objects, of_scene)
         for caption in (describe(scene, rng, split="any") for _ in range(16)):
-            if category_of(caption) == category and in_test_split(caption.text):
+            if category_of(caption) == category and split_of_sentence(caption.text) == of_sentence:
                 return scene, caption
 
 
@@ -392,14 +403,20 @@ def wilson(hits: float, of: int) -> tuple[float, float]:
 
 
 def evaluate(
-    draw: Draw, num_per_category: int, height_px: int, width_px: int, seed: int = 0, batch_size: int = 16
+    draw: Draw,
+    num_per_category: int,
+    height_px: int,
+    width_px: int,
+    seed: int = 0,
+    batch_size: int = 16,
+    split: str = "test",
 ) -> tuple[dict, list[Image.Image]]:
     """Validates the judge, lets `draw(sentences, seeds)` draw every held-out sentence, and judges the pictures.
 
     Returns:
         `{"validation", "scores", "pictures", ...}`, all of it JSON, and the pictures themselves in the same order.
     """
-    examples = held_out_examples(num_per_category, width_px, height_px, seed)
+    examples = held_out_examples(num_per_category, width_px, height_px, seed, split)
     validation = validate(examples, width_px, height_px)
     images: list[Image.Image] = []
     for start in tqdm(range(0, len(examples), batch_size), desc="drawing"):
@@ -413,9 +430,9 @@ def evaluate(
         pictures.append(
             {"category": example.category, "sentence": example.caption.text, "seed": example.seed, **verdict}
         )
-    report = {"height_px": height_px, "width_px": width_px, "seed": seed, "num_per_category": num_per_category}
-    scores = _score_table(examples, passed)
-    return {**report, "validation": validation, "scores": scores, "pictures": pictures}, images
+    cases = {"num_per_category": num_per_category, "split": split, "seed": seed}
+    report = {"height_px": height_px, "width_px": width_px, **cases, "validation": validation}
+    return {**report, "scores": _score_table(examples, passed), "pictures": pictures}, images
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -467,6 +484,7 @@ def score(
     batch_size: int = 16,
     guidance_scale: float | None = None,
     best_of: int = 1,
+    split: str = "test",
 ) -> tuple[dict, list[Image.Image]]:
     """Judges what a pipeline draws of held-out sentences: `evaluate`'s report, with the settings, and the pictures.
 
@@ -474,6 +492,7 @@ def score(
         height, width: in pixels; the model's default size if None.
         guidance_scale: the model's own, from its generation config, if None.
         best_of: pictures drawn of each sentence, of which the judge chooses the one that counts.
+        split: "test", or "validation", whose sentences settings may be chosen by.
     """
     config = pipe.transformer.config
     height_px, width_px = height or config.default_height_px, width or config.default_width_px
@@ -491,7 +510,7 @@ def score(
         return pipe(sentences, generator=[g for g in generators for _ in range(best_of)], **options).images
 
     pipe.set_progress_bar_config(disable=True)  # one for each batch says little
-    report, images = evaluate(draw, num_per_category, height_px, width_px, seed, max(1, batch_size // best_of))
+    report, images = evaluate(draw, num_per_category, height_px, width_px, seed, max(1, batch_size // best_of), split)
     return {"model": config.name_or_path, "guidance_scale": guidance_scale, "best_of": best_of, **report}, images
 
 

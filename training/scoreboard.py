@@ -26,6 +26,7 @@ from PIL import Image, ImageDraw
 from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
 
 from . import metrics
+from .evaluate import scene_splits
 from .files import write_whole
 from .trials import COLUMN_NAMES, CURVES, SCORED, Board, Trials
 
@@ -53,6 +54,7 @@ def run_scoreboard(
     height: int | None = None,
     width: int | None = None,
     seed: int = 0,
+    split: str = "test",
 ) -> dict:
     """Scores a pipeline on every task that it was trained for, and writes and prints the table.
 
@@ -62,14 +64,15 @@ def run_scoreboard(
         num_cases: of each task; of each kind of questions in words, as far as there are so many. Sentences come in
             equal numbers of each category, at most 60 for each size and each point of a curve.
         height, width: in pixels; the model's default size if None.
-        seed: of the test cases and of what is drawn.
+        seed: of the cases and of what is drawn.
+        split: "test", or "validation": scenes that no training has either, but of combinations that it has.
 
     Returns:
         What is in scoreboard.json.
 
     Raises:
-        ValueError: for a size that is no bucket of the checkpoint's, as pictures that it is given are cropped to
-            these; and if `output_dir` has scores with other settings, or of other weights.
+        ValueError: for another split; for a size that is no bucket of the checkpoint's, as pictures that it is given
+            are cropped to these; and if `output_dir` has scores with other settings, or of other weights.
     """
     config, folder = pipe.transformer.config, Path(output_dir)
     size = width or config.default_width_px, height or config.default_height_px
@@ -77,9 +80,10 @@ def run_scoreboard(
     if size not in buckets:
         accepted = ", ".join(f"{w}x{h}" for w, h in buckets)
         raise ValueError(f"size {size[0]}x{size[1]}: this checkpoint crops what it is given to {accepted}")
-    report = _opened(folder, pipe, {"num_cases": num_cases, "size": [*size], "seed": seed})
+    scene_splits(split)  # raises for what is none
+    report = _opened(folder, pipe, {"num_cases": num_cases, "size": [*size], "seed": seed, "split": split})
     pipe.set_progress_bar_config(disable=True)  # one for each batch says little
-    board, trained = Board(pipe, num_cases, size, seed), pipe.processor.trained_tasks
+    board, trained = Board(pipe, num_cases, size, seed, split), pipe.processor.trained_tasks
     report["left_out"] = [
         task for task in SCORED if trained is not None and NEEDED.get(task, task) not in (*trained, "chat")
     ]

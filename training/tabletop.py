@@ -56,7 +56,6 @@ from .tabletop_scenes import (
     SceneObject,
     describe,
     fits,
-    in_test_split,
     joints_px,
     noun_phrase,
     parse,
@@ -69,7 +68,7 @@ from .tabletop_scenes import (
 __all__ = [
     "COLORS", "COLUMNS", "FAR", "HELD_OUT", "MAPS", "NEAR", "NUMBER_WORDS", "SEGMENT_COLORS", "SEGMENT_PALETTE",
     "SHAPES", "SIZES", "SPLITS", "SURFACES", "TABLES", "WALLS", "Caption", "Plan", "Rendering", "Scene", "SceneObject",
-    "TabletopSource", "depth_image", "describe", "in_test_split", "normal_image", "noun_phrase",
+    "TabletopSource", "depth_image", "describe", "normal_image", "noun_phrase",
     "parse", "render", "sample_scene", "sample_split_scene", "segmentation_image", "split_of", "split_of_sentence",
     "tabletop_texts", "to_image",
 ]  # fmt: skip

@@ -304,11 +304,6 @@ def describe(scene: Scene, rng: random.Random, split: str = "train") -> Caption:
     raise ValueError(f"the scene has no sentence in the {split} split")
 
 
-def in_test_split(sentence: str) -> bool:
-    """One sentence in sixteen, by its hash."""
-    return split_of_sentence(sentence) == "test"
-
-
 def split_of_sentence(sentence: str) -> str:
     """ "train", "validation" or "test": of sixteen sentences fourteen, one and one, by their hash."""
     return {0: "test", 1: "validation"}.get(_hash(sentence) % 16, "train")

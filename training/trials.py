@@ -1,4 +1,4 @@
-"""Tabletop's test cases of every task, a model's answers to them, and what these can be held against.
+"""Tabletop's cases of every task, a model's answers to them, and what these can be held against.
 
 Three answers to each case are measured alike: a trivial one (a mean map, the most frequent answer, the unchanged
 picture, another case's), the model's own, and the ceiling: the true answer passed through the VQ model.
@@ -77,25 +77,31 @@ class Board:
 
     Args:
         size: (width_px, height_px) of pictures, but for tasks with sizes of their own.
+        split: "test" or "validation".
     """
 
-    def __init__(self, pipe: "LuminaMGPTPipeline", num_cases: int, size: tuple[int, int], seed: int):
+    def __init__(
+        self, pipe: "LuminaMGPTPipeline", num_cases: int, size: tuple[int, int], seed: int, split: str = "test"
+    ):
         self.pipe, self.processor = pipe, pipe.processor
-        self.num_cases, self.size, self.seed = num_cases, size, seed
+        self.num_cases, self.size, self.seed, self.split = num_cases, size, seed, split
 
     def plans(self, task: str, size: tuple[int, int] | None = None) -> Iterator[tuple[Plan, Callable[[], list[dict]]]]:
-        """Test plans without end, each with what fetches its record, in a list."""
-        source = TabletopSource(task, [size or self.size], self.seed, "test", 2**31)
+        """The split's plans without end, each with what fetches its record, in a list."""
+        source = TabletopSource(task, [size or self.size], self.seed, self.split, 2**31)
         for i in count():
             yield source.plan(i), partial(source.fetch, [i])
 
     def cases(self, task: str) -> tuple[list[Plan], list[dict]]:
-        """The first test plans of a task and their records."""
-        source = TabletopSource(task, [self.size], self.seed, "test", self.num_cases)
+        """The first plans of a task in the split and their records."""
+        source = TabletopSource(task, [self.size], self.seed, self.split, self.num_cases)
         return [source.plan(i) for i in range(len(source))], source.fetch(range(len(source)))
 
+    def sentences(self, num_per_category: int, size: tuple[int, int]) -> list[Example]:
+        return held_out_examples(num_per_category, *size, self.seed, self.split)
+
     def by_condition(self, task: str, size: tuple[int, int], conditions: Sequence[str]) -> Iterator[tuple[str, dict]]:
-        """A condition and a test record for it in turn, as many of each."""
+        """A condition and a record for it in turn, as many of each."""
         each = math.ceil(self.num_cases / len(conditions))
         left = dict.fromkeys(conditions, each)
         for plan, fetch in self.plans(task, size):
@@ -162,7 +168,7 @@ class Board:
 
 
 def text_to_image(board: Board) -> Trials:
-    examples = held_out_examples(math.ceil(board.num_cases / len(CATEGORIES)), *board.size, board.seed)
+    examples = board.sentences(math.ceil(board.num_cases / len(CATEGORIES)), board.size)
     return _sentences(board, examples, board.size)
 
 
@@ -192,7 +198,7 @@ def sizes(board: Board) -> Trials:
     for size in IMAGE_SIZES:
         if any(px % uni_rep.size_unit_px for px in size):
             continue
-        trials = _sentences(board, held_out_examples(_per_category(board), *size, board.seed), size)
+        trials = _sentences(board, board.sentences(_per_category(board), size), size)
         name = f"overall, {size[0]}x{size[1]}" + ("" if size in buckets else " (between buckets)")
         cases += [(name, example) for example in trials.cases]
         for column, own in answers.items():
@@ -203,7 +209,7 @@ def sizes(board: Board) -> Trials:
 
 def curves(board: Board) -> Trials:
     """The same sentences over guidance and temperature, the checkpoint's own settings apart from one."""
-    examples = held_out_examples(_per_category(board), *board.size, board.seed)
+    examples = board.sentences(_per_category(board), board.size)
     sentences, (width, height) = [e.caption.text for e in examples], board.size
     cases, ours, shown = [], [], []
     for setting, values in CURVES.items():
