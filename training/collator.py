@@ -21,9 +21,9 @@ class Collator:
     from that picture's start on are left, without the final end-of-turn. In a disturbed history some codes of the
     answers' pictures are others than the ones to predict, as they are when a model draws: what comes next is then
     learned from what was asked and shown, too, and not from the codes before alone. Where codes are renamed, what a
-    record's pictures have in common, away from all differences, is made of other codes, the same in all pictures: it is
-    learned that things stay as they are, whatever they look like. All of this depends on the record, the epoch and the
-    seed alone, so that a resumed run sees what an undisturbed one would have seen.
+    record's pictures have in common, away from all differences, is made of other codes, the same in all of them:
+    things stay as they are, whatever they look like. All of this depends on the record, the epoch and the seed alone,
+    so that a resumed run sees what an undisturbed one would have seen.
 
     Attributes:
         code_ids: those of image codes.

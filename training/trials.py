@@ -182,9 +182,12 @@ def _sentences(board: Board, examples: list[Example], size: tuple[int, int]) -> 
 
 
 def _draws_sentence(example: Example, picture: Image.Image) -> metrics.Values:
-    passed = float(passes(example.caption, judge(picture)))
+    detections = judge(picture)
+    passed = float(passes(example.caption, detections))
+    alone = passed * (len(detections) == len(example.scene.objects))  # a sentence names all objects
     is_new = any(o.combination in HELD_OUT for o in example.scene.objects)
-    return {"overall": passed, example.category: passed, f"{'new' if is_new else 'seen'} combinations": passed}
+    group = f"{'new' if is_new else 'seen'} combinations"
+    return {"overall": passed, "overall, nothing else": alone, group: passed, example.category: passed}
 
 
 def sizes(board: Board) -> Trials:
