@@ -2,7 +2,8 @@
 
 An embedding and a head have one row for each code. Learned one by one, a code that is rare in the training data is
 known badly, and one that is in no answer at all is learned never to be given. So, while a model is trained, a code's
-row is what it was, plus a function of the code's vector in the VQ model's codebook, plus an offset of its own.
+row is what it was, plus a function of the code's vector in the VQ model's codebook, plus an offset of its own, which
+the weight itself holds in the row's place.
 Afterwards rows are what they came to, in an ordinary embedding and head.
 """
 
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -23,8 +25,8 @@ HIDDEN = 128  # units of the function: few, so that it cannot tell codes apart t
 class CodeRows(nn.Module):
     """The parametrization of one weight, `(vocab_size, hidden_size)`: its rows of image codes, as said above.
 
-    A code has an offset only once it has often been an answer. Before, most that training could teach it is not to be
-    given; its row goes with those that look like it.
+    A code has an offset only once it has often been an answer in this run. Before, most that training could teach it
+    is not to be given; its row goes with those that look like it.
     """
 
     code_ids: Tensor  # (codes,)
@@ -48,14 +50,20 @@ class CodeRows(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         hidden = F.gelu(self.first(self.codes))
         shared = self.last(hidden + F.gelu(self.second(hidden)))  # (codes, hidden_size)
-        has_own = self.num_answers[self.code_ids, None] >= MIN_ANSWERS
-        own = (weight[self.code_ids] - self.start) * has_own
+        own = weight[self.code_ids] * (self.num_answers[self.code_ids, None] >= MIN_ANSWERS)
         return weight.index_copy(0, self.code_ids, (self.start + shared + own).to(weight.dtype))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What `forward` makes the weight of: offsets of 0, which weight decay leaves alone until they are used."""
+        return weight.index_fill(0, self.code_ids, 0.0)
 
     @torch.no_grad()
     def note(self, labels: Tensor) -> None:
-        """Counts the answers of a batch, `labels` of any shape."""
-        self.num_answers += torch.bincount(labels[labels >= 0], minlength=len(self.num_answers))
+        """Counts the answers of a batch, `labels` of any shape, of all processes."""
+        counts = torch.bincount(labels[labels >= 0], minlength=len(self.num_answers))
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(counts)
+        self.num_answers += counts
 
 
 @torch.no_grad()
@@ -83,7 +91,12 @@ def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor,
 
     Returns:
         The parametrizations, which have to be told the answers.
+
+    Raises:
+        ValueError: if embeddings and head are one matrix.
     """
+    if model.config.tie_word_embeddings:
+        raise ValueError("share_code_rows with tie_word_embeddings true: accepted are two matrices (false)")
     codes = codebook.shape[1] ** 0.5 * _normalized(codebook)
     found, device = [], model.device
     for module in _embedding_and_head(model):

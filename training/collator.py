@@ -92,7 +92,8 @@ class Collator:
         ids, labels = list(record["input_ids"]), list(record["labels"])
         rng = random.Random(f"{self.seed}/{epoch}/{ids}")
         ids, labels = self._drop(ids, labels, rng)
-        if rng.random() < self.code_renaming.get(record["task"], 0.0):
+        share = self.code_renaming.get(record["task"], 0.0)
+        if share and rng.random() < share:
             ids, labels = self._rename(ids, labels, rng)
         return self._disturb(ids, labels, rng), [IGNORED_LABEL, *labels[1:]], self.tasks.index(record["task"])
 
@@ -108,9 +109,10 @@ class Collator:
             return ids, labels
         kept = {code for before, after in pairwise(pictures) for code in _near_differences(before, after)}
         share = rng.random()
-        free = sorted({code for picture in pictures[1:] for row in picture for code in row} - kept)
-        chosen = [code for code in free if rng.random() < share]
-        others = dict(zip(chosen, rng.sample(self._all_codes, len(chosen)), strict=True))
+        present = {code for picture in pictures for row in picture for code in row}
+        chosen = [code for code in sorted(present - kept) if rng.random() < share]
+        absent = [code for code in self._all_codes if code not in present]
+        others = dict(zip(chosen, rng.sample(absent, min(len(chosen), len(absent))), strict=False))
         return [others.get(token, token) for token in ids], [others.get(label, label) for label in labels]
 
     def _pictures(self, ids: list[int]) -> Iterator[list[list[int]]]:

@@ -13,7 +13,6 @@ from trl import SFTConfig
 
 from modeling_lumina_mgpt import LuminaMGPTConfig
 from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
-from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 from modeling_lumina_mgpt.uni_rep import is_whole
 
 from .mixture import read_mixture
@@ -85,8 +84,7 @@ class SFTRecipe:
     generation: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self):
-        maps = ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation")
-        for name in (*maps, "code_renaming"):
+        for name in ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation"):
             if not isinstance(value := getattr(self, name), dict | None):
                 raise ValueError(f"{name} {value!r}: accepted are `name: value` lines")
         if bool(self.model) == bool(self.from_scratch):
@@ -110,8 +108,6 @@ class SFTRecipe:
         for name in ("context_drop", "history_noise", "cooldown"):
             if not 0 <= (share := getattr(self, name)) <= 1:
                 raise ValueError(f"{name} {share}: accepted are 0 to 1")
-        if any(task not in TASKS or not 0 <= share <= 1 for task, share in self.code_renaming.items()):
-            raise ValueError(f"code_renaming {self.code_renaming}: accepted are 0 to 1 for each of {', '.join(TASKS)}")
         if self.max_minutes is not None and not _is_positive(self.max_minutes):
             raise ValueError(f"max_minutes {self.max_minutes!r}: accepted are numbers above 0")
         if self.pack_tokens is not None and not is_whole(self.pack_tokens, 1):
@@ -138,9 +134,15 @@ class SFTRecipe:
             raise ValueError(f"generation {sorted(unknown)}: accepted are what `generate` takes")
         if unknown := self.generation.get("image_to_image", {}).keys() - DecodingSettings.__dataclass_fields__.keys():
             raise ValueError(f"generation.image_to_image {sorted(unknown)}: accepted are what `generate` samples by")
-        for name, values in (("mixture", self.mixture), ("evaluation", self.evaluation)):
-            if values is not None:
-                read_mixture(values, name)
+        tasks = [source.task for source in read_mixture(self.mixture).sources]
+        if self.evaluation is not None:
+            read_mixture(self.evaluation, "evaluation")
+        if not isinstance(self.code_renaming, dict) or not all(
+            task in tasks and isinstance(share, int | float) and 0 <= share <= 1
+            for task, share in self.code_renaming.items()
+        ):
+            known = ", ".join(dict.fromkeys(tasks))
+            raise ValueError(f"code_renaming {self.code_renaming!r}: accepted are `task: 0 to 1` lines, of {known}")
 
     @property
     def start(self) -> str:

@@ -192,5 +192,5 @@ def _judged(pipe: LuminaMGPTPipeline, num_per_category: int) -> dict[str, float]
         return {}
     from .evaluate import score
 
-    report, _ = score(pipe, num_per_category)
+    report, _ = score(pipe, num_per_category, split="validation")
     return {f"judge_{name.replace(' ', '_')}": value["rate"] for name, value in report["scores"].items()}
