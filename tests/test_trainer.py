@@ -207,6 +207,8 @@ def test_renamed_codes_leave_differences_and_what_is_around_as_they_are(tiny_pro
     assert 0.1 < num_renamed / (8 * 39) < 0.5  # any share of 48 places less 9, but 16 codes are left for them
     untouched = Collator(*common, code_renaming={"caption": 1.0})([record])
     assert torch.equal(untouched["input_ids"][0], ids)
+    dropped = Collator(*common, context_drop=1.0, code_renaming={"edit": 1.0})([record])["input_ids"][0]
+    assert torch.equal(dropped[torch.isin(dropped, uni_rep.code_ids)], uni_rep.code_ids[after].flatten())
     of_two_sizes = tiny_processor.encode_conversation(turns[:2], [before, after[:4]]) | {"task": "edit"}
     left = Collator(*common, code_renaming={"edit": 1.0})([of_two_sizes])
     assert left["input_ids"][0].tolist() == list(of_two_sizes["input_ids"])

@@ -105,8 +105,8 @@ class Collator:
 
     def _rename(self, ids: list[int], labels: list[int], rng: random.Random) -> tuple[list[int], list[int]]:
         pictures = [*self._pictures(ids)]
-        if len({tuple(map(len, picture)) for picture in pictures}) > 1:
-            return ids, labels
+        if len(pictures) < 2 or len({tuple(map(len, picture)) for picture in pictures}) > 1:
+            return ids, labels  # what is in one picture alone is no copy
         kept = {code for before, after in pairwise(pictures) for code in _near_differences(before, after)}
         share = rng.random()
         present = {code for picture in pictures for row in picture for code in row}
