@@ -6,7 +6,7 @@ Nothing heavy is imported before a command runs. What a user may have got wrong 
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from PIL import Image
@@ -296,7 +296,9 @@ def evaluate(
     ] = None,
     size: Size = None,
     seed: Annotated[int, typer.Option(min=0, max=MAX_SEED, help="Chooses the cases.")] = 0,
-    split: Annotated[str, typer.Option(help="test; or validation, to choose settings by.")] = "test",
+    split: Annotated[
+        Literal["test", "validation"], typer.Option(help="The second is to choose settings by.")
+    ] = "test",
     guidance_scale: Guidance = None,
     best_of: Annotated[int, typer.Option(min=1, help="Pictures of each sentence; the best one counts.")] = 1,
     model: Model = None,

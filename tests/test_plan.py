@@ -1,6 +1,7 @@
 """Planning: what it says a step needs is what live tensors take, and what it says to change makes a run fit."""
 
 import weakref
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines.cli import app
+from modeling_lumina_mgpt.training.code_rows import share_code_rows
 from modeling_lumina_mgpt.training.plan import GIB, Run, Shape, changes, memory, plan, run_of, total_bytes
 from modeling_lumina_mgpt.training.recipe import SFTRecipe, load_recipe
 
@@ -51,7 +53,9 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-def counted(config, batch_size: int, checkpointing: bool, lora: bool, accumulation: int = 1) -> int:
+def counted(
+    config, batch_size: int, checkpointing: bool, lora: bool, accumulation: int = 1, num_code_rows: int = 0
+) -> int:
     """Most bytes at a time in the second step of a training: then the optimizer has its state."""
     torch.manual_seed(0)
     model = LuminaMGPTForConditionalGeneration(config).train()
@@ -60,7 +64,9 @@ def counted(config, batch_size: int, checkpointing: bool, lora: bool, accumulati
     if lora:
         model = get_peft_model(model, LoraConfig(r=RANK, target_modules="all-linear", exclude_modules=["lm_head"]))
         model.enable_input_require_grads()
-    weights = list(model.parameters())
+    if num_code_rows:
+        share_code_rows(model, torch.rand(num_code_rows, 8), torch.arange(num_code_rows))
+    weights = [*model.parameters(), *model.buffers()]
     optimizer = torch.optim.AdamW([weight for weight in weights if weight.requires_grad], fused=True)
     ids = torch.randint(0, config.vocab_size, (batch_size, LENGTH))
     with LiveBytes([*weights, ids]) as live:
@@ -84,6 +90,14 @@ def test_estimate_is_what_live_tensors_take(batch_size, checkpointing, lora):
         estimate = needed.peak(accumulation) - needed.gathered  # on the CPU the weights are whole where they lie
         found = counted(config, batch_size, checkpointing, lora, accumulation)
         assert estimate == pytest.approx(found, rel=0.2)
+
+
+def test_code_rows_take_what_live_tensors_take():
+    config, few = LuminaMGPTConfig(**{**SMALL, "vocab_size": 8192}, num_hidden_layers=1), 4096
+    run = Run(Shape.of(config), 1, 1, LENGTH, compute_bytes=4)
+    plain, with_rows = (counted(config, 1, True, False, num_code_rows=num) for num in (0, few))
+    needed, needed_with_rows = (memory(replace(run, num_code_rows=num)).peak(1) for num in (0, few))
+    assert needed_with_rows - needed == pytest.approx(with_rows - plain, rel=0.2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

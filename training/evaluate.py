@@ -260,10 +260,11 @@ def true_pictures(
 def held_out_examples(
     num_per_category: int, width_px: int, height_px: int, seed: int = 0, split: str = "test"
 ) -> list[Example]:
-    """Sentences of the "test" or the "validation" split, which are in no training data.
+    """Sentences of the "test" or the "validation" split, which are in no training data, nor in each other's.
 
-    Of the test's, every second is about a scene with a combination of shape, color and size that training never has.
-    Example i of a category depends on `seed`, `split` and i alone.
+    Of the test's, every second is about a scene with a combination of shape, color and size that no other split has;
+    the validation's are all of combinations that training has. Example i of a category depends on `seed`, `split` and
+    i alone.
     """
     examples, of_scenes = [], scene_splits(split)
     for category in CATEGORIES:

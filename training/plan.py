@@ -20,6 +20,7 @@ from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGener
 from modeling_lumina_mgpt.modeling_lumina_mgpt import LOGITS_PER_CHUNK
 from modeling_lumina_mgpt.uni_rep import MAX_SIZE_UNITS, ImageLayout
 
+from .code_rows import HIDDEN
 from .recipe import LORA_TARGETS, WHOLE_MATRICES, SFTRecipe
 
 GIB = 2**30
@@ -86,6 +87,7 @@ class Run:
         base_bytes: of a frozen weight of a linear layer.
         shards_base: whether frozen weights are sharded; bitsandbytes' are not, unless stored as floats.
         state_bytes: of the optimizer for each trained weight.
+        num_code_rows: codes whose rows of embeddings and head learn together.
     """
 
     shape: Shape
@@ -101,6 +103,7 @@ class Run:
     base_bytes: float = 2
     shards_base: bool = True
     state_bytes: int = 8
+    num_code_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -164,13 +167,18 @@ def memory(run: Run) -> Memory:
         trained = num_layers * sum(run.rank * sum(shape.linear[name]) for name in run.targets)
         in_linear = num_layers * sum(rows * cols for rows, cols in shape.linear.values())
         frozen = run.base_bytes * in_linear + c * (shape.total - in_linear)
+    code_rows = 0
+    if (
+        run.num_code_rows
+    ):  # both matrices as they come to be, the gradient of one; rows as they were, and the network's units
+        code_rows = 4 * (3 * shape.head + 2 * run.num_code_rows * (config.hidden_size + 4 * HIDDEN))
     in_layer = _layer_bytes(run)
     kept = c * config.hidden_size if run.checkpointing else in_layer
     last = (4 + c * (run.rank is None) + c) * config.hidden_size  # the last norm; what the loss has differentiated
     working = c * (config.hidden_size + config.intermediate_size) + (in_layer if run.checkpointing else 0)
     chunk = min(num_tokens, LOGITS_PER_CHUNK // config.vocab_size) * config.vocab_size
     return Memory(
-        weights=4 * trained / run.num_gpus + frozen / (run.num_gpus if run.shards_base else 1),
+        weights=4 * trained / run.num_gpus + frozen / (run.num_gpus if run.shards_base else 1) + code_rows,
         gathered=gathered,
         gradients=4 * trained / run.num_gpus,
         optimizer=run.state_bytes * trained / run.num_gpus,
@@ -224,7 +232,12 @@ def run_of(recipe: SFTRecipe, num_gpus: int) -> Run:
         BYTES_IN_4_BIT if quantization.get("load_in_4bit") else 1 if quantization.get("load_in_8bit") else 2,
         not quantization or "bnb_4bit_quant_storage" in quantization,
         next((size for name, size in STATE_BYTES.items() if name in optimizer), 8),
+        _num_codes(config) if recipe.share_code_rows else 0,
     )
+
+
+def _num_codes(config: LuminaMGPTConfig) -> int:
+    return sum(end - start for start, end in (config.image_layout or UNKNOWN_IDS)["code_id_ranges"])
 
 
 def _config(recipe: SFTRecipe) -> LuminaMGPTConfig:
