@@ -27,7 +27,7 @@ class OneLineErrors(typer.core.TyperGroup):
             where = getattr(error, "ctx", None) or ctx
             message = f"{error.format_message()} ({where.command_path} --help shows what is accepted)"
         except ModuleNotFoundError as error:
-            message = f"{error}; pip install 'lumina-mgpt[train]' brings what training and evaluation need"
+            message = f"{error}; `pip install -e '.[train]'` in this package's folder brings what training needs"
         except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
             message = " ".join(str(error).split())
         typer.echo(f"Error: {message}", err=True)

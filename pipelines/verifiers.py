@@ -79,7 +79,8 @@ class TabletopVerifier:
         try:
             from modeling_lumina_mgpt.training import evaluate, tabletop
         except ModuleNotFoundError as error:
-            raise ImportError(f"{error}; pip install 'lumina-mgpt[train]' brings what the judge needs") from error
+            hint = "`pip install -e '.[train]'` in this package's folder brings what the judge needs"
+            raise ImportError(f"{error}; {hint}") from error
 
         self._parse, self._judge, self._grade = tabletop.parse, evaluate.judge, evaluate.grade
 
