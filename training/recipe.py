@@ -141,8 +141,8 @@ class SFTRecipe:
             task in tasks and isinstance(share, int | float) and 0 <= share <= 1
             for task, share in self.code_renaming.items()
         ):
-            known = ", ".join(dict.fromkeys(tasks))
-            raise ValueError(f"code_renaming {self.code_renaming!r}: accepted are `task: 0 to 1` lines, of {known}")
+            accepted = ", ".join(dict.fromkeys(tasks))
+            raise ValueError(f"code_renaming {self.code_renaming!r}: accepted are `task: 0 to 1` lines, of {accepted}")
 
     @property
     def start(self) -> str:
