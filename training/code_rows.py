@@ -3,15 +3,13 @@
 An embedding and a head have one row for each code. Learned one by one, a code that is rare in the training data is
 known badly, and one that is in no answer at all is learned never to be given. So, while a model is trained, a code's
 row is what it was, plus a function of the code's vector in the VQ model's codebook, plus an offset of its own, which
-the weight itself holds in the row's place.
-Afterwards rows are what they came to, in an ordinary embedding and head.
+the weight itself holds in the row's place. Afterwards rows are what they came to, in an ordinary embedding and head.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
@@ -57,14 +55,6 @@ class CodeRows(nn.Module):
         """What `forward` makes the weight of: offsets of 0, which weight decay leaves alone until they are used."""
         return weight.index_fill(0, self.code_ids, 0.0)
 
-    @torch.no_grad()
-    def note(self, labels: Tensor) -> None:
-        """Counts the answers of a batch, `labels` of any shape, of all processes."""
-        counts = torch.bincount(labels[labels >= 0], minlength=len(self.num_answers))
-        if dist.is_available() and dist.is_initialized():
-            dist.all_reduce(counts)
-        self.num_answers += counts
-
 
 @torch.no_grad()
 def start_codes_alike(model: LuminaMGPTForConditionalGeneration, codebook: Tensor, code_ids: Tensor) -> None:
@@ -90,7 +80,7 @@ def share_code_rows(model: LuminaMGPTForConditionalGeneration, codebook: Tensor,
         code_ids: `(codes,)`, the tokens that stand for them.
 
     Returns:
-        The parametrizations, which have to be told the answers.
+        The parametrizations, whose `num_answers` training has to keep.
 
     Raises:
         ValueError: if embeddings and head are one matrix.

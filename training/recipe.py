@@ -137,10 +137,7 @@ class SFTRecipe:
         tasks = [source.task for source in read_mixture(self.mixture).sources]
         if self.evaluation is not None:
             read_mixture(self.evaluation, "evaluation")
-        if not isinstance(self.code_renaming, dict) or not all(
-            task in tasks and isinstance(share, int | float) and 0 <= share <= 1
-            for task, share in self.code_renaming.items()
-        ):
+        if not _are_shares(self.code_renaming, tasks):
             accepted = ", ".join(dict.fromkeys(tasks))
             raise ValueError(f"code_renaming {self.code_renaming!r}: accepted are `task: 0 to 1` lines, of {accepted}")
 
@@ -153,6 +150,12 @@ class SFTRecipe:
         """Tokens that a record may have."""
         limits = self.mixture.get("max_length"), self.pack_tokens, config.max_position_embeddings
         return min(limit for limit in limits if limit)
+
+
+def _are_shares(values: Any, names: list[str]) -> bool:
+    return isinstance(values, dict) and all(
+        name in names and isinstance(share, int | float) and 0 <= share <= 1 for name, share in values.items()
+    )
 
 
 def _are_samples(values: Any) -> bool:

@@ -55,7 +55,7 @@ class LuminaMGPTTrainer(SFTTrainer):
     Args:
         eval_collator: of the evaluation's data; the training's would drop contexts.
         muon: the layers' matrices get torch's Muon, all else AdamW; not for shards of matrices, nor for adapters.
-        code_rows: those of the model, which are told what the answers are.
+        code_rows: those of the model, whose answers are counted.
         spike_factor: a step whose loss is above so many times the median of those logged before is left out.
         max_skipped_steps: after so many steps in a row that were left out, the run ends.
         max_minutes: of training, after which the run ends; all of its sessions together, without evaluations.
@@ -115,8 +115,12 @@ class LuminaMGPTTrainer(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         given = {name: value for name, value in inputs.items() if name not in ("task_ids", "attended")}
         given |= {"use_cache": False, "skip_logits": True}
-        for rows in self.code_rows if model.training else ():
-            rows.note(inputs["labels"])
+        if self.code_rows and model.training:
+            answers = inputs["labels"][inputs["labels"] != IGNORED_LABEL]
+            counts = torch.bincount(answers, minlength=self.model.config.vocab_size)
+            counts = self.accelerator.reduce(counts, "sum")  # all processes have the same rows
+            for rows in self.code_rows:
+                rows.num_answers += counts
         loss, outputs = Trainer.compute_loss(self, model, given, True, num_items_in_batch)
         self._add(inputs, outputs)
         return (loss, outputs) if return_outputs else loss
