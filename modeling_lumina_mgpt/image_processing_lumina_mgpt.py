@@ -19,7 +19,7 @@ from .uni_rep import best_bucket, is_whole
 
 MAX_SIDES_RATIO = 100  # beyond it a strip of a few pixels would be blown up to gigabytes
 URL_TIMEOUT_S = 30
-BOX_CONTRAST = 0.15  # change of a pixel, in [0, 1], that counts as drawn
+BOX_CONTRASTS = (0.08, 0.12, 0.18, 0.27)  # changes of a pixel, in [0, 1], from which on it may count as drawn
 ACCEPTED = "a PIL image, a path, a URL, bytes, a uint8 or [0, 1] float array (numpy HWC or HW, torch CHW or HW)"
 
 
@@ -128,21 +128,12 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
     def find_box(self, drawn: Image.Image, source: Image.Image) -> tuple[int, int, int, int] | None:
         """The box (left, top, right, bottom; pixels, ends excluded) that a picture has and its source has not.
 
-        Its sides are where changes line up, and must be closed for the most part; None if there is no such box.
+        Its sides are where changes line up, and must be closed for the most part; None if there is no such box. What
+        is below a frame may be nearly of its color, and more may have changed a little: several contrasts are tried.
         """
         after, before = _two_of_a_size(drawn, source)
-        change = ((after - before).abs().amax(0) > BOX_CONTRAST).numpy()  # (height, width)
-        if not change.any():
-            return None
-        (left, right), (top, bottom) = (_extent_of_lines(change.sum(axis)) for axis in (0, 1))
-        box = change[top:bottom, left:right]
-        height, width = box.shape
-        band = max(1, min(height, width) // 4)
-        sides = box[:band].any(0), box[-band:].any(0), box[:, :band].any(1), box[:, -band:].any(1)
-        is_closed = all(side.mean() > 0.7 for side in sides)
-        middle = box[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8]
-        is_hollow = middle.size > 0 and middle.mean() < 0.5
-        return (left, top, right, bottom) if is_closed and is_hollow else None
+        change = (after - before).abs().amax(0).numpy()  # (height, width)
+        return max((_frame(change > contrast) for contrast in BOX_CONTRASTS), key=lambda found: found[1])[0]
 
     def canny(self, image: Any, low: int = 100, high: int = 200) -> Image.Image:
         """The edges of a picture by OpenCV's Canny, white on black; one in pure black and white is taken for edges."""
@@ -300,6 +291,23 @@ def _two_of_a_size(*pictures: Image.Image) -> list[torch.Tensor]:
 
 def _to_picture(x: torch.Tensor) -> Image.Image:
     return Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def _frame(changed: np.ndarray) -> tuple[tuple[int, int, int, int] | None, float]:
+    """The box that changed pixels `(height, width)` make the sides of, if any, and how closed and hollow it is."""
+    if not changed.any():
+        return None, 0.0
+    (left, right), (top, bottom) = (_extent_of_lines(changed.sum(axis)) for axis in (0, 1))
+    box = changed[top:bottom, left:right]
+    height, width = box.shape
+    band = max(1, min(height, width) // 4)
+    sides = box[:band].any(0), box[-band:].any(0), box[:, :band].any(1), box[:, -band:].any(1)
+    closed = min(side.mean() for side in sides)
+    middle = box[height * 3 // 8 : height * 5 // 8, width * 3 // 8 : width * 5 // 8]
+    filled = middle.mean() if middle.size else 1.0
+    if closed <= 0.7 or filled >= 0.5:
+        return None, 0.0
+    return (left, top, right, bottom), closed - filled
 
 
 def _extent_of_lines(counts: np.ndarray) -> tuple[int, int]:

@@ -206,6 +206,15 @@ def test_the_box_that_was_drawn_is_found(box, width_px):
     assert [find_box(other, Image.fromarray(source)) for other in others] == [None] * 3
 
 
+def test_a_box_is_found_that_is_hardly_seen_on_one_side():
+    source = Image.new("RGB", (64, 64), "gray")
+    source.paste((225, 20, 20), (20, 40, 64, 64))  # what is framed is nearly of the frame's color
+    drawn = source.copy()
+    drawn.paste((140, 120, 130), (0, 0, 64, 30))  # all above has changed a little
+    ImageDraw.Draw(drawn).rectangle((20, 24, 51, 55), outline=(255, 0, 0), width=2)
+    assert LuminaMGPTImageProcessor().find_box(drawn, source) == (20, 24, 52, 56)
+
+
 def test_arrays_are_what_the_pictures_of_maps_show():
     scene = sample_scene(random.Random(0), 64, 64, num_objects=3)
     rendering = render([scene], 64, 64, maps=True)
