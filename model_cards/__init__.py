@@ -1,4 +1,7 @@
-"""Hub READMEs: of converted checkpoints, and the template of the default one's. Installed as `modeling_lumina_mgpt.model_cards`."""
+"""Hub READMEs: of converted checkpoints, and the default one's template.
+
+Installed as `modeling_lumina_mgpt.model_cards`.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path

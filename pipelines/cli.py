@@ -4,6 +4,8 @@ Nothing heavy is imported before a command runs. What a user may have got wrong 
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -206,7 +208,7 @@ def chat(
     pipe, generator = _load(model, lora), _generator(seed)
     messages: Any = []
     num_pictures = 0
-    while line := typer.prompt(">", default="", show_default=False, prompt_suffix=" "):
+    for line in _lines():
         try:
             message = _message(pipe.processor, line, allow_untrained)
             answer = pipe.chat([*messages, message], generator=generator, max_new_tokens=max_new_tokens)
@@ -432,6 +434,13 @@ def _draw(
     _save(answer.images[0], output)
     if answer.panels is not None:
         _save(answer.panels[0], output.with_stem(f"{output.stem}-panel"))
+
+
+def _lines() -> Iterator[str]:
+    """What is typed, up to an empty line or the end of the input."""
+    with suppress(EOFError):
+        while line := input("> "):
+            yield line
 
 
 def _message(processor, line: str, allow_untrained: bool) -> dict[str, Any]:

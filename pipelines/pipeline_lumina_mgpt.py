@@ -162,7 +162,7 @@ class VerifierError(RuntimeError):
     """A verifier failed. `output` is a `LuminaMGPTPipelineOutput` with every picture that had been drawn."""
 
     def __init__(self, message: str, output: LuminaMGPTPipelineOutput):
-        super().__init__(f"{message}; the pictures are in the error's `output`")
+        super().__init__(message)
         self.output = output
 
 
@@ -493,17 +493,15 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         is_guided = any((default if scale is None else scale) != 1 for scale in guidance_scales)
         return self.transformer.cache_bytes(num_rows * (1 + is_guided), num_tokens)
 
-    def _check_memory(
-        self, task: str, requests: list[Request], num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]
-    ) -> None:
-        """MemoryError, with what would fit, if the answers to these requests, so many at a time, will not."""
-        device, num_panels = self._execution_device, self.processor.tasks[task].num_panels
+    def _check_memory(self, call: Call, num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]) -> None:
+        """MemoryError, with what would fit, if the answers to a call, so many at a time, will not."""
+        device, num_panels = self._execution_device, self.processor.tasks[call.task].num_panels
         free = free_bytes(device)
         limit, device_map = generate_kwargs.get("max_new_tokens"), getattr(self.transformer, "hf_device_map", {})
         if free is None or not isinstance(limit, Integral | None) or len({*device_map.values()}) > 1:
             return  # of a model on several devices each holds a part; a wrong limit is for `generate` to refuse
         absent = sum(_weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta"))
-        scales = [request.sampling.get("guidance_scale") for request in requests]
+        scales = generate_kwargs.get("guidance_scale", [None])
 
         def needed(num_rows: int, height: int | None, width: int | None) -> int:
             num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
@@ -513,7 +511,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
             return absent + self._cache_bytes(num_rows, prompt_length + num_tokens, scales) + decoding
 
-        height, width = max(((r.height, r.width) for r in requests), key=lambda size: (size[0] or 0) * (size[1] or 0))
+        sizes = [(request.height, request.width) for request in call.requests]
+        height, width = max(sizes, key=lambda size: (size[0] or 0) * (size[1] or 0))
         wanted = needed(num_rows, height, width)
         if wanted > free and self.transformer.free_cache():
             free = free_bytes(device) or free
@@ -522,8 +521,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         fits, what = "not even one fits", "answers"
         if height is not None and width is not None:
             what = f"pictures of {width}x{height // num_panels} px"
-            sizes = _smaller_sizes(height // num_panels, width, self.processor.uni_rep.size_unit_px)
-            smaller = [(h, w) for h, w in sizes if needed(1, h * num_panels, w) <= free]
+            less = _smaller_sizes(height // num_panels, width, self.processor.uni_rep.size_unit_px)
+            smaller = [(h, w) for h, w in less if needed(1, h * num_panels, w) <= free]
             fits = f"one of {smaller[0][1]}x{smaller[0][0]} px fits" if smaller else "not even the smallest fits"
         if few := [n for n in range(1, num_rows) if needed(n, height, width) <= free]:
             fits = f"{few[-1]} at a time fit"
@@ -728,7 +727,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         sizes = {name: [getattr(request, name) for request in requests] for name in ("height", "width")}
         kwargs |= {"num_return_sequences": copies, "generator": call.generator, **sizes, **sampling}
         at_once = min(call.batch_size or len(requests) * copies, len(requests) * copies)
-        self._check_memory(task, requests, at_once, inputs["input_ids"].shape[1], kwargs)
+        self._check_memory(call, at_once, inputs["input_ids"].shape[1], kwargs)
         rows = {i: Row(requests[i // copies], "") for i in range(len(requests) * copies)}  # of what is interrupted
         numbers: dict[int, list[int]] = {owner: [] for owner in call.owners}
         for i in rows:
@@ -807,13 +806,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         if call.output_type != "latent" or call.verifier is not None:
             self._decode_rows(call.task, rows)
         if call.tilings:
-            given, tilings = ([of[owner] for owner in owners] for of in (call.given, call.tilings))
-            rows = self._merge(given, tilings, rows, call.copies, call.color_fix)
+            rows = self._merge(call, owners, rows)
         if call.verifier is not None:
-            rows = self._best(call.verifier, call.task, rows, call.copies, call.num_kept, call.output_type)
-        output = self._output(call.task, rows, call.output_type)
-        output["window"] = call.window
-        return output
+            rows = self._best(call, call.verifier, rows)
+        return self._output(call, rows)
 
     def _decode_rows(self, task: str, rows: list[Row]) -> None:
         """Gives the rows their pictures, and the boxes found in them."""
@@ -831,13 +827,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         pictures = iter(self.processor.decode_images([grid for grid in codes if grid is not None]))
         return [None if grid is None else next(pictures) for grid in codes]
 
-    def _best(
-        self, verifier: Callable, task: str, rows: list[Row], copies: int, num_kept: int, output_type: str
-    ) -> list[Row]:
+    def _best(self, call: Call, verifier: Callable, rows: list[Row]) -> list[Row]:
         """Of the copies of each prompt, those with the best scores, the best first."""
         kept = []
-        for first in range(0, len(rows), copies):
-            own, prompt = rows[first : first + copies], rows[first].request.prompt or ""
+        for first in range(0, len(rows), call.copies):
+            own, prompt = rows[first : first + call.copies], rows[first].request.prompt or ""
             seen = [row for row in own if row.picture is not None]
             try:
                 scores = [float(score) for score in verifier(prompt, [row.picture for row in seen])] if seen else []
@@ -845,17 +839,18 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                     raise ValueError(f"it gave {scores} for {len(seen)} images, not a finite number for each")
             except Exception as error:  # whatever a stranger's callable raises, the pictures must not be lost
                 message = f"the verifier failed on {prompt!r}: {type(error).__name__}: {error}"
-                raise VerifierError(message, self._output(task, rows, output_type)) from error
+                raise VerifierError(message, self._output(call, rows)) from error
             for row in own:
                 row.score = scores.pop(0) if row.picture is not None else -math.inf
-            kept += sorted(own, key=lambda row: -row.score)[:num_kept]
+            kept += sorted(own, key=lambda row: -row.score)[: call.num_kept]
         return kept
 
-    def _output(self, task: str, rows: list[Row], output_type: str) -> LuminaMGPTPipelineOutput:
-        is_latent = output_type == "latent"
+    def _output(self, call: Call, rows: list[Row]) -> LuminaMGPTPipelineOutput:
+        task, output_type, is_latent = call.task, call.output_type, call.output_type == "latent"
         output = LuminaMGPTPipelineOutput(
             images=self._as_output([row.codes if is_latent else row.picture for row in rows], output_type, task),
             text=[row.text for row in rows],
+            window=call.window,
         )
         if self.processor.tasks[task].num_panels > 1:
             panels = [row.panel_codes if is_latent else row.panel for row in rows]
@@ -894,22 +889,20 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         pictures = [self.processor.decode_image(x) if self.processor.is_codes(x) else x for x in images]
         return [image_processor.tile(picture, side_px) for picture in pictures]
 
-    def _merge(
-        self, requests: list[Request], tilings: list, rows: list[Row], copies: int, color_fix: str | None
-    ) -> list[Row]:
+    def _merge(self, call: Call, owners: list[int], rows: list[Row]) -> list[Row]:
         """One row for each copy of each picture, from those of its squares."""
-        merged, first = [], 0
-        for request, tiling in zip(requests, tilings, strict=True):
+        merged, first, fix_colors = [], 0, self.processor.image_processor.fix_colors
+        for owner in owners:
+            tiling = call.tilings[owner]
             sources = tiling.cut()
-            for copy in range(copies):
-                own = rows[first + copy : first + copies * len(sources) : copies]
+            for copy in range(call.copies):
+                own = rows[first + copy : first + call.copies * len(sources) : call.copies]
                 squares = [row.picture and row.picture.resize(x.size) for row, x in zip(own, sources, strict=True)]
-                if color_fix is not None:
-                    fix = self.processor.image_processor.fix_colors
-                    squares = [x and fix(x, source, color_fix) for x, source in zip(squares, sources, strict=True)]
+                if (fix := call.color_fix) is not None:
+                    squares = [x and fix_colors(x, source, fix) for x, source in zip(squares, sources, strict=True)]
                 text = "\n".join(dict.fromkeys(row.text for row in own))
-                merged.append(Row(request, text, picture=None if None in squares else tiling.merge(squares)))
-            first += copies * len(sources)
+                merged.append(Row(call.given[owner], text, picture=None if None in squares else tiling.merge(squares)))
+            first += call.copies * len(sources)
         return merged
 
     # Adapters

@@ -41,7 +41,7 @@ def _is_known(name: str, repo_type: str) -> bool:
         return True
     try:
         HfApi().repo_info(name, repo_type=repo_type, timeout=HUB_SECONDS)
-    except (OSError, http_error()):
+    except (OSError, ValueError, http_error()):  # the second for what cannot be a repo's name
         return False
     return True
 

@@ -10,10 +10,10 @@ import os
 import re
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from http.client import HTTPException
 from threading import Thread
-from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -143,9 +143,8 @@ class ChatPromptEnhancer:
         except (OSError, HTTPException, ValueError) as error:
             reason = getattr(error, "reason", error)
             kind = TimeoutError if isinstance(reason, TimeoutError) else RuntimeError
-            raise kind(
-                f"{self._name} gave no answer within {self.timeout_s} s: {self._excerpt(str(reason))}"
-            ) from error
+            why = self._excerpt(str(reason) or "the deadline has passed")
+            raise kind(f"{self._name} gave no answer within {self.timeout_s} s: {why}") from error
         with suppress(ValueError, LookupError, TypeError, AttributeError):
             if status == 200:
                 return json.loads(body)["choices"][0]["message"]["content"].strip()
@@ -154,7 +153,7 @@ class ChatPromptEnhancer:
 
     def _send(self, request: Request) -> tuple[int, bytes]:
         """Status and body. urllib's timeout is one of silence; here a server that dribbles is left at the deadline."""
-        answer: list[Any] = []
+        answer: Future[tuple[int, bytes]] = Future()
 
         def ask():
             try:
@@ -163,18 +162,12 @@ class ChatPromptEnhancer:
                 except HTTPError as error:
                     response = error  # its body says why
                 with response:
-                    answer.append((response.status, response.read()))
+                    answer.set_result((response.status, response.read()))
             except Exception as error:
-                answer.append(error)
+                answer.set_exception(error)
 
-        thread = Thread(target=ask, daemon=True)
-        thread.start()
-        thread.join(self.timeout_s)
-        if not answer:
-            raise TimeoutError("the deadline has passed")
-        if isinstance(answer[0], Exception):
-            raise answer[0]
-        return answer[0]
+        Thread(target=ask, daemon=True).start()
+        return answer.result(self.timeout_s)
 
     def _excerpt(self, received: str) -> str:
         """For messages; some servers repeat the key that they refuse."""

@@ -55,6 +55,11 @@ def test_chat_goes_on_until_an_empty_line(run):
     assert "absent.png" in result.stderr and result.stderr.count("Error") == 1
 
 
+def test_chat_ends_with_its_input(run):
+    result = run("chat", "--max-new-tokens", "9", input="2 < 3?")
+    assert result.exit_code == 0 and "Abort" not in result.stderr
+
+
 def test_help_is_no_error():
     for arguments in (["--help"], ["generate", "--help"], ["convert", "--help"]):
         result = CliRunner().invoke(app, arguments)
@@ -108,6 +113,10 @@ def test_a_place_is_a_folder_or_may_be_a_repo(tmp_path, monkeypatch):
         monkeypatch.setattr(HfApi, "repo_info", Mock(side_effect=error))
         with pytest.raises(ValueError, match="model 'runs/absent': runs has no absent"):
             folder_or_repo("runs/absent", "model")
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="model 'runs/no--repo': runs has no no--repo"):  # which no repo can be called
+        folder_or_repo("runs/no--repo", "model")
     with pytest.raises(ValueError, match=r"lora '\./absent': neither a folder nor a repo"):
         folder_or_repo("./absent", "lora")
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 from pathlib import Path
 
@@ -321,10 +322,15 @@ def test_half_a_checkpoint_is_none(make_trainer, tmp_path):
     broken.mkdir()
     (broken / "model.safetensors").write_bytes(b"half")
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-2")
+    shutil.copytree(tmp_path / "run" / "checkpoint-2", tmp_path / "run" / "checkpoint-2-copy")  # a user's own
     trainer = make_trainer(max_steps=3, save_total_limit=2)
     trainer.train()
     assert last_checkpoint(tmp_path / "run").endswith("checkpoint-3")
-    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-3"]
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-2-copy",
+        "checkpoint-3",
+    ]
 
 
 def test_a_full_disk_keeps_the_last_whole_checkpoint(make_trainer, tmp_path, monkeypatch):
@@ -396,7 +402,8 @@ def test_a_broken_step_changes_nothing_and_says_so(make_trainer, capfd, step, fa
     assert same(seen[step], seen[step + 1]) and not same(seen[step + 1], seen[step + 2 if step < 7 else step - 1])
     assert f"step {step + 1} changed nothing" in (said := capfd.readouterr().err) and says in said
     assert logged(trainer, "skipped_steps") == [1]
-    assert all(loss == loss for loss in logged(trainer))
+    assert len(logged(trainer)) == 8 and all(loss > 1 for loss in logged(trainer))  # of the others
+    assert len(logged(trainer, "minutes")) == 9  # though it took its time
 
 
 def test_a_run_that_stays_broken_ends_with_its_last_checkpoint(make_trainer):

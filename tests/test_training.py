@@ -189,8 +189,13 @@ def test_evaluation_is_of_held_out_scenes_by_task(recipe, tmp_path):
     assert len(losses(made, "eval_loss")) == 2
 
 
-def test_samples_are_drawn_while_training(recipe, tmp_path):
-    made = recipe("run", max_steps=2, samples={"steps": 1, "prompts": ["a cube", "a red cone"]})
+def test_samples_are_drawn_while_training(recipe, start, tmp_path):
+    processor = json.loads((path := Path(start) / "processor_config.json").read_text())
+    path.write_text(json.dumps({**processor, "trained_tasks": ["caption"]}))
+    samples = {"steps": 1, "prompts": ["a cube", "a red cone"]}
+    with pytest.raises(ValueError, match="text-to-image': this checkpoint was trained for caption"):
+        train(recipe("blind", tabletop(4, "caption"), samples=samples))
+    made = recipe("run", max_steps=2, samples=samples)
     undisturbed = recipe("undisturbed", max_steps=2)
     train(made)
     train(undisturbed)
@@ -391,7 +396,9 @@ def test_a_chain_ends_with_a_model_to_score(recipe, tmp_path, tiny_vqvae):
     values = asdict(vq_recipe(tmp_path / "vq", tiny_vqvae))
     (tmp_path / "vq.yaml").write_text(yaml.safe_dump(json.loads(json.dumps({"trainer": "vq", **values}))))
     (tmp_path / "sft.yaml").write_text(yaml.safe_dump(asdict(recipe("sft"))))
-    for names, says in ((("sft", "vq"), "the last one is trainer 'sft'"), (("vq", "sft"), "its own num_steps say")):
+    (tmp_path / "lora.yaml").write_text(yaml.safe_dump(asdict(recipe("lora", lora={"r": 4}))))
+    no_model, no_minutes = "the last one is trainer 'sft' without lora", "its own num_steps say"
+    for names, says in ((("sft", "vq"), no_model), (("sft", "lora"), no_model), (("vq", "sft"), no_minutes)):
         stages = [{"recipe": f"{name}.yaml", "share": 1} for name in names[:1]]
         stages += [{"recipe": f"{name}.yaml"} for name in names[1:]]
         with pytest.raises(ValueError, match=says):

@@ -35,8 +35,10 @@ def train(chain: ChainRecipe, folder: str | Path) -> None:
         raise ValueError("a chain runs in one process: launch the recipes of its stages one by one")
     stages = {stage["recipe"]: _stage(Path(folder), chain, **stage) for stage in chain.stages}
     *_, last = stages.values()
-    if not isinstance(last, SFTRecipe):
-        raise ValueError(f"stage {chain.stages[-1]}: accepted as the last one is trainer 'sft', whose model is scored")
+    if not isinstance(last, SFTRecipe) or last.lora is not None:
+        raise ValueError(
+            f"stage {chain.stages[-1]}: accepted as the last one is trainer 'sft' without lora, whose model is scored"
+        )
     path = Path(chain.output_dir) / FINISHED
     path.parent.mkdir(parents=True, exist_ok=True)
     finished = json.loads(path.read_text()) if path.exists() else []

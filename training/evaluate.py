@@ -224,11 +224,11 @@ def _thumbnail(layer: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _fit_shapes(num_scenes: int = 300, size_px: int = 64) -> RBFInterpolator:
-    rngs = [random.Random(f"judge/{i}") for i in range(num_scenes)]
-    scenes = [sample_scene(rng, size_px, size_px, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
+def _fit_shapes() -> RBFInterpolator:
+    rngs = [random.Random(f"judge/{i}") for i in range(300)]
+    scenes = [sample_scene(rng, 64, 64, num_objects=rng.choice((2, 3, 4)), split="train") for rng in rngs]
     features, shapes = [], []
-    for image, segmentation, scene in true_pictures(scenes, size_px, size_px):
+    for image, segmentation, scene in true_pictures(scenes, 64, 64):
         for blur in (0.0, 0.8):
             picture = image.filter(ImageFilter.GaussianBlur(blur))
             regions, foreground = find_regions(picture)
@@ -519,10 +519,10 @@ def run_evaluation(
     pipe: "LuminaMGPTPipeline", output_dir: str | Path, num_per_category: int = 50, **options: Any
 ) -> dict:
     """Scores a pipeline, with the options of `score`: prints the table, writes scores.json and contact_sheet.png."""
-    report, images = score(pipe, num_per_category, **options)
-    print(format_report(report))
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    report, images = score(pipe, num_per_category, **options)
+    print(format_report(report))
     (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
     contact_sheet(report["pictures"], images).save(folder / "contact_sheet.png")
     return report

@@ -73,8 +73,8 @@ def make_start(recipe: SFTRecipe) -> str:
     return recipe.start
 
 
-def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path) -> None:
-    """Writes the Hub folder of a recipe's trained weights; the pipeline is changed on the way."""
+def set_defaults(pipe: LuminaMGPTPipeline, recipe: SFTRecipe) -> None:
+    """Gives a pipeline the size of pictures, the tasks and the sampling that a recipe's model has."""
     mixture, model, processor = read_mixture(recipe.mixture), pipe.transformer, pipe.processor
     processor.target_px = model.config.default_height_px = model.config.default_width_px = mixture.target_px
     if processor.trained_tasks is not None:
@@ -84,6 +84,11 @@ def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path)
     for name, value in recipe.generation.items():  # `update` would pass over names that are not stock's
         setattr(model.generation_config, name, value)
     model.generation_config._from_model_config = False  # else the loader keeps stock's names only
-    model.bfloat16()
+
+
+def save_folder(pipe: LuminaMGPTPipeline, recipe: SFTRecipe, folder: str | Path) -> None:
+    """Writes the Hub folder of a recipe's trained weights; the pipeline is changed on the way."""
+    set_defaults(pipe, recipe)
+    pipe.transformer.bfloat16()
     pipe.vqvae.bfloat16()
     pipe.save_pretrained(folder, max_shard_size="15MB")

@@ -47,8 +47,10 @@ def merge(source: str | Path, out: str | Path, model: str | None = None) -> None
         raise ValueError(f"{out} is not empty: accepted is a new folder")
     if (source / "adapter_config.json").is_file():
         pipe = _load(source, model or PeftConfig.from_pretrained(source).base_model_name_or_path)
-        merged: Any = PeftModel.from_pretrained(pipe.transformer, source).merge_and_unload()
-        pipe.register_modules(transformer=merged.bfloat16())
+        pipe.load_lora_weights(source)
+        pipe.fuse_lora()
+        pipe.unload_lora_weights()
+        pipe.transformer.bfloat16()
         pipe.vqvae.bfloat16()
         pipe.save_pretrained(out)
         return

@@ -28,7 +28,8 @@ from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 from .code_rows import fold_code_rows, share_code_rows
 from .collator import Collator, pack
-from .folders import make_start, save_folder
+from .files import write_whole
+from .folders import make_start, save_folder, set_defaults
 from .merge import gather_model
 from .mixture import Mixture, MixtureReader, read_mixture
 from .recipe import WHOLE_MATRICES, SFTRecipe, lora_config, sft_config
@@ -50,6 +51,9 @@ def train(recipe: SFTRecipe) -> None:
     model = LuminaMGPTForConditionalGeneration.from_pretrained(start, **recipe.config, **_loading(recipe, arguments))
     pipe = LuminaMGPTPipeline.from_pretrained(start, transformer=model, dtype=torch.float32)
     processor = pipe.processor
+    set_defaults(pipe, recipe)  # for what is drawn on the way, too
+    if recipe.samples or recipe.judge_per_category:
+        processor.check_task("text-to-image")
     alone = max(arguments.train_batch_size, arguments.eval_batch_size) == 1
     if recipe.pack_tokens and "flash" in str(model.config._attn_implementation) and not alone:
         raise ValueError("pack_tokens with flash attention: accepted are batches of one row, in evaluation, too")
@@ -88,7 +92,7 @@ def train(recipe: SFTRecipe) -> None:
     )
     _add_samples(trainer, pipe, recipe)
     if trainer.is_world_process_zero():
-        (Path(arguments.output_dir) / "recipe.yaml").write_text(yaml.safe_dump(asdict(recipe)))
+        write_whole(Path(arguments.output_dir) / "recipe.yaml", yaml.safe_dump(asdict(recipe)).encode())
     trainer.train()
 
     # 4. What is left of it

@@ -230,16 +230,15 @@ class LuminaMGPTTrainer(SFTTrainer):
     # The log
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        if "loss" in logs:
+        if logs.pop("loss", None) is not None:  # stock's, which a step that was left out makes smaller
             logs.update(self._take_window())
         super().log(logs, start_time)
 
     def _take_window(self) -> dict[str, float]:
         seconds, minutes = time.perf_counter() - self._window_start, self._minutes_so_far()
         window, self._window, self._window_start = self._window, defaultdict(float), time.perf_counter()
-        found = _means(window)
+        found = {**_means(window), "minutes": minutes}
         if window["steps"]:
-            found["minutes"] = minutes
             found["predicted_tokens"] = window["predicted_tokens"] / window["steps"]
             found["tokens_per_second"] = window["tokens"] / seconds
             found["mfu"] = self._flops(window) / seconds / self._peak_flops
@@ -385,7 +384,8 @@ def logged_minutes(log: Sequence[dict[str, float]]) -> float:
 def whole_checkpoints(folder: str | Path) -> list[Path]:
     """By step."""
     found = [path.parent for path in Path(folder).glob(f"checkpoint-*/{WHOLE}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+    steps = {path: path.name.removeprefix("checkpoint-") for path in found}
+    return sorted((path for path in found if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
