@@ -140,6 +140,10 @@ def test_messages_are_chat(encode):
     features = {"messages": List({"role": TEXT, "content": TEXT})}
     talk = [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}]
     assert encode("chat", features, {"messages": talk}).answers == [["Hello."]]
+    other = [{**turn, "content": turn["content"].upper()} for turn in talk]
+    both = {"messages": features["messages"], "chosen": features["messages"]}
+    record = {"messages": talk, "chosen": other}
+    assert encode("chat", both, record, {"conversations": "chosen"}).answers == [["HELLO."]]  # what is named counts
 
 
 LLAVA = {"id": TEXT, "image": TEXT, "conversations": List({"from": TEXT, "value": TEXT})}
@@ -724,7 +728,7 @@ PUBLIC_COLUMNS = {
     "hero-nq1310/coco-kpt17": ["image", "annotations"],
     "limingcv/Captioned_ADE20K": ["image", "detailed_prompt", "control_seg", "seg_map", "image_path", "prompt"],
     "jxu124/refcoco": ["sentences", "image_path", "bbox", "captions"],
-    "limingcv/MultiGen-20M_depth": ["image", "control_depth", "text"],
+    "hf://datasets/limingcv/MultiGen-20M_depth": ["image", "control_depth", "text"],
     "WeiChow/mscoco_keypoint": ["id", "caption", "image", "cond"],
     "Yuanshi/Subjects200K": ["image", "collection", "quality_assessment", "description"],
     "data/virtual_kitti_2.jsonl": ["image", "depth"],

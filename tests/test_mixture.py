@@ -1,6 +1,7 @@
 """Mixtures: any place opens alike, proportions are kept, and what cannot be used is skipped by rule."""
 
 import json
+import struct
 
 import numpy as np
 import pytest
@@ -136,8 +137,25 @@ def test_unusable_records_are_skipped_and_listed(tiny_processor, tmp_path):
         assert own.skipped[0].keys() == {1, 5} and "image" in own.skipped[0][1] and " at 0x" not in own.skipped[0][1]
     whole = reader(tiny_processor, broken, max_skipped=0.5)
     assert whole.encode([rows[1]]) == whole.encode([whole.dataset[2]])  # none left: the next one that can be used
+    assert own.encode([rows[1]]) == kept[-1:]  # of a stream the last one
+    fresh = reader(tiny_processor, {**broken, "streaming": True}, max_skipped=0.5)
     with pytest.raises(ValueError, match="all of a batch"):
-        own.encode([rows[1]])
+        fresh.encode([rows[1]])
+
+
+def test_whatever_a_decoder_raises_is_a_reason_to_skip(tiny_processor, places, monkeypatch):
+    def cut_off(self, index):
+        raise struct.error("unpack requires a buffer of 4 bytes")  # as PIL does of a cut EXIF block
+
+    own = reader(tiny_processor, source(places / "saved"), max_skipped=1.0)
+    monkeypatch.setattr(Dataset, "__getitem__", cut_off)
+    (reason,) = own.attempt([{"source": 0, "index": 0}])
+    assert "cannot be read: unpack requires a buffer" in reason
+
+
+def test_what_was_saved_without_splits_has_none_to_choose(tiny_processor, places):
+    with pytest.raises(ValueError, match=r"split 'train\[:2\]': .*saved without splits; accepted is 'train'"):
+        reader(tiny_processor, source(places / "saved", split="train[:2]"))
 
 
 def test_over_long_records_are_skipped(tiny_processor, places):

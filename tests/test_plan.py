@@ -158,6 +158,9 @@ def test_longest_record_follows_the_tasks(recipe_7b):
         return run_of(recipe_7b(mixture=mixture), 1).length
 
     assert length("caption") < length("depth") < length("chat") == 4096
+    assert length("pair") == length("text-to-image") == length("caption")  # two panels are one picture
+    larger = [{"task": "caption", "path": "x"}, {"task": "text-to-image", "path": "x", "target_px": 768}]
+    assert length("", sources=larger) > 1.5 * length("caption")
     assert length("chat", max_length=2048) == length("depth", max_length=2048) == 2048
 
 

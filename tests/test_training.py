@@ -284,6 +284,7 @@ def test_recipes_can_be_read(path):
         ),
         ({"code_renaming": {"chat": 2}}, "code_renaming .*2.: accepted are `task: 0 to 1` lines"),
         ({"code_renaming": {"chat": "1"}}, "code_renaming .*'1'.: accepted are `task: 0 to 1` lines"),
+        ({"sft": 5}, "sft 5: accepted are `name: value` lines"),
         ({"code_renaming": None}, "code_renaming None: accepted are `task: 0 to 1` lines"),
         ({"pack_tokens": -1, "tokenized": "x"}, "pack_tokens -1"),
         ({"sft": {"resume_from_checkpoint": "x"}}, "last whole checkpoint"),

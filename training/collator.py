@@ -159,7 +159,7 @@ def pack(dataset: Dataset, num_tokens: int) -> Dataset:
     Returns:
         A dataset with `records` (read when they are asked for) and `length`.
     """
-    lengths = list(dataset["length"])
+    lengths = dataset["length"][:]
     rows: list[list[int]] = []
     rooms: list[tuple[int, int]] = []  # (tokens left, row), sorted
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):

@@ -28,7 +28,6 @@ from datasets import (
     load_dataset,
     load_from_disk,
 )
-from PIL import Image
 
 from modeling_lumina_mgpt.pipelines.places import folder_or_repo
 from modeling_lumina_mgpt.uni_rep import is_whole
@@ -39,7 +38,6 @@ from .tasks import ADAPTERS, check_columns, conversation, panel_sizes
 
 TABLETOP = "tabletop"
 FORMATS = {".parquet": "parquet", ".jsonl": "json", ".json": "json", ".csv": "csv", ".tar": "webdataset"}
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what PIL and datasets raise
 MIN_SEEN = 100
 SHUFFLED = 1000  # records of a stream, still as bytes, from which the next one is drawn
 logger = logging.getLogger(__name__)
@@ -222,7 +220,7 @@ class Records:
             if "record" not in row:
                 return self.dataset[row["index"]]
             return self.features.decode_example(row["record"]) if self.features else row["record"]
-        except UNREADABLE as error:
+        except Exception as error:  # PIL and datasets raise what they like
             return RecordError(f"cannot be read: {error}")
 
 
@@ -235,6 +233,8 @@ def _open(source: Source) -> Any:
             if source.split not in dataset:
                 raise ValueError(f"split {source.split!r}: accepted are {', '.join(dataset)}")
             dataset = dataset[source.split]
+        elif source.split not in ("train", str(dataset.split)):
+            raise ValueError(f"split {source.split!r}: {source.path} was saved without splits; accepted is 'train'")
         dataset = dataset.to_iterable_dataset() if source.streaming else dataset
     else:
         kind = FORMATS.get(path.suffix)
@@ -291,6 +291,7 @@ class MixtureReader:
         self.sources = [Records(source, mixture, processor) for source in mixture.sources]
         self.num_records = [records.num_records for records in self.sources]
         self._skips = Skipped(mixture, self.num_records)
+        self._last: list[dict[str, Any]] = []  # of a stream, the last record that could be used
         self.skipped = self._skips.reasons
         self.dataset = self._stream() if mixture.streams else self._index()
 
@@ -309,21 +310,23 @@ class MixtureReader:
     def encode(self, rows: Sequence[dict[str, Any]], epoch: int = 0) -> list[dict[str, Any]]:
         """`input_ids`, `labels` and `task` (and a row's own `epoch`) of rows of `dataset`, without the skipped ones.
 
-        If all of them are, the next record of the first one's source that can be used comes in their place, since a
-        step needs something to learn from.
+        If all of them are, the next record of the first one's source that can be used comes in their place, or of a
+        stream the last one, since a step needs something to learn from.
 
         Raises:
-            ValueError: if too many records of a source are skipped, or all of a batch from a stream.
+            ValueError: if too many records of a source are skipped, or all of them.
         """
-        kept = self._kept(rows, epoch)
         number, index = rows[0]["source"], rows[0]["index"]
-        num_records = self.num_records[number] or 1
-        others = ((index + step) % num_records for step in range(1, num_records))
-        while not kept:
-            following = next(others, None)
-            if following is None:
-                raise ValueError(f"{self.mixture.sources[number]}: all of a batch is skipped: make batches larger")
-            kept = self._kept([{"source": number, "index": following}], epoch)
+        num_records, kept = self.num_records[number], self._kept(rows, epoch)
+        if num_records is None:
+            kept = kept or self._last
+            self._last = kept[-1:]
+        else:
+            others = ((index + step) % num_records for step in range(1, num_records))
+            while not kept and (other := next(others, None)) is not None:
+                kept = self._kept([{"source": number, "index": other}], epoch)
+        if not kept:
+            raise ValueError(f"{self.mixture.sources[number]}: all of a batch is skipped, and none came before")
         return kept
 
     def _kept(self, rows: Sequence[dict[str, Any]], epoch: int) -> list[dict[str, Any]]:

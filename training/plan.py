@@ -26,7 +26,7 @@ from .recipe import LORA_TARGETS, WHOLE_MATRICES, SFTRecipe
 GIB = 2**30
 OVERHEAD_BYTES = 3 * GIB  # CUDA's context, the buffers of NCCL and cuBLAS, and gaps that the allocator cannot use
 TEXT_TOKENS = 512  # beside a record's pictures
-PICTURES = {"text-to-image": 1, "caption": 1, "vqa": 1}  # of other tasks 2: one in, one out, or two panels
+PICTURES = dict.fromkeys(("text-to-image", "caption", "vqa", "pair", "panel"), 1)  # two panels are one; of others 2
 OPEN_ENDED = {"chat", "image-to-text", "edit"}  # conversations: as long as is accepted
 DEFAULT_RANK = 32
 BYTES_IN_4_BIT = 0.5 + 4 / 64  # and a float32 scale for every 64 weights
@@ -275,9 +275,14 @@ def _longest(recipe: SFTRecipe, config: LuminaMGPTConfig) -> int:
     if config.image_layout is None:
         raise ValueError(f"{recipe.start}: its configuration has no image_layout; `lumina-mgpt convert` gives it one")
     layout = ImageLayout(**config.image_layout)
-    sizes = layout.buckets(recipe.mixture["target_px"])
-    picture = max(layout.num_tokens(*layout.grid(height, width)) for width, height in sizes)
-    return min(limit, TEXT_TOKENS + picture * max(PICTURES.get(task, 2) for task in tasks))
+
+    def pictures(task: str, target_px: int) -> int:
+        sizes = layout.buckets(target_px)
+        return PICTURES.get(task, 2) * max(layout.num_tokens(*layout.grid(height, width)) for width, height in sizes)
+
+    own_px = recipe.mixture["target_px"]
+    most = max(pictures(source["task"], source.get("target_px") or own_px) for source in recipe.mixture["sources"])
+    return min(limit, TEXT_TOKENS + most)
 
 
 def _described(run: Run) -> list[str]:

@@ -87,6 +87,7 @@ class SFTRecipe:
         for name in ("mixture", "sft", "from_scratch", "evaluation", "lora", "quantization", "config", "generation"):
             if not isinstance(value := getattr(self, name), dict | None):
                 raise ValueError(f"{name} {value!r}: accepted are `name: value` lines")
+        self.sft, self.config, self.generation = self.sft or {}, self.config or {}, self.generation or {}
         if bool(self.model) == bool(self.from_scratch):
             raise ValueError(f"model {self.model!r} and from_scratch {self.from_scratch!r}: give one of them")
         if self.tokenized and self.random_crop:
@@ -226,7 +227,8 @@ def read_recipe(path: str | Path) -> dict[str, Any]:
 
 
 def _merged(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    both = {name for name in base.keys() & values.keys() if isinstance(base[name], dict) and values[name]}
+    are_dicts = {name for name, value in values.items() if value and isinstance(value, dict)}
+    both = {name for name in are_dicts & base.keys() if isinstance(base[name], dict)}
     return {**base, **values, **{name: _merged(base[name], values[name]) for name in both}}
 
 

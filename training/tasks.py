@@ -78,7 +78,7 @@ def edit(record: Record) -> Conversation:
 
     Or `images`, with the source first, and `instructions`.
     """
-    if record.has("images"):
+    if record.has("images") and "source_img" not in record.columns:
         pictures, words = record.get("images") or [], record.get("instructions") or []
     else:
         source, targets, words = (record.get(name) for name in ("source_img", "target_img", "instruction"))
@@ -435,7 +435,8 @@ def panel_sizes(processor, target_px: int) -> list[tuple[int, int]]:
 
 def _turns(record: Record) -> list[str]:
     """Question and answer in turn, from either form of messages."""
-    messages = record.get("messages" if record.has("messages") else "conversations") or []
+    has_messages = record.has("messages") and "conversations" not in record.columns
+    messages = record.get("messages" if has_messages else "conversations") or []
     if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
         raise ColumnError(
             f"conversations {messages!r:.100}: accepted are lists of {{from, value}} or {{role, content}}"

@@ -10,6 +10,7 @@ What neighbours say about a patch is left to the decoder of the VQ model, which 
 """
 
 import json
+import os
 import random
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -253,7 +254,13 @@ def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
 
 
 def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
-    """Runs (or resumes) the recipe, saves the model in `output_dir`, and returns it."""
+    """Runs (or resumes) the recipe, saves the model in `output_dir`, and returns it.
+
+    Raises:
+        ValueError: in one of several processes.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("trainer 'vq' runs in one process: launch it without torchrun and accelerate")
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # Adam's fading moments become denormal, which slows a CPU several times over
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
