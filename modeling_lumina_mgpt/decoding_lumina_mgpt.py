@@ -32,7 +32,7 @@ MIN_DECAYED_SCALE = 4.0  # Lumina-mGPT 2.0 lets a decaying guidance scale fall t
 ENTROPY_TOP_K = (1, 2000)  # the range of PURE's top-k by entropy
 MAX_RIDES = 2  # what is forced after a code: end-of-line, end of image
 COLUMNS = 64  # the cache grows, and is read, in multiples of this
-COMPILED_COLUMNS = 512  # or in powers of two from here on, as each size is compiled
+COMPILED_COLUMNS = 512  # or from here on in powers of two and their halves between, as each size is compiled
 WINDOWS = (8, 16, 32, 64)  # that "auto" chooses from
 CALIBRATION_STEPS = 6  # of each, timed
 STEPS_PER_LOOK = 64  # that are taken at most before the host looks at the rows again, where it reads all columns
@@ -116,7 +116,8 @@ class RowCache(Cache):
         """Makes room, by copying: what grows while it is decoded is text, which has no size known before."""
         more = num_columns - self.num_columns
         for stored in (self.keys, self.values):
-            stored[:] = [F.pad(tensor, (0, 0, 0, more)) for tensor in stored]
+            for layer, tensor in enumerate(stored):  # one at a time, so that only one is there twice
+                stored[layer] = F.pad(tensor, (0, 0, 0, more))
         self.num_columns = num_columns
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -162,7 +163,8 @@ class Decoder:
         self.model, self.settings, self.prompts = model, settings, prompts
         self.hook: Callable[[Decoder], Tensor] | None = None
         self.pad_id, self.processors, self.is_compiled = pad_id, processors, compile_config is not None
-        self.run_step = _compiled(self.take_step, compile_config) if self.is_compiled else self.take_step
+        step = Decoder.take_step  # not of self: what refers to itself keeps its cache until it is collected
+        self.run_step = _compiled(step, compile_config) if self.is_compiled else step
         self.layout = ImageLayout(**model.config.image_layout)
         self._call_in()
         embeddings = model.get_input_embeddings()
@@ -287,15 +289,21 @@ class Decoder:
             self.cache.reserve(self._rounded(max(num_columns + self.margin, grown)))
 
     def _rounded(self, num_columns: int) -> int:
-        if self.is_compiled:
-            return max(COMPILED_COLUMNS, 1 << (num_columns - 1).bit_length())
-        return -(-num_columns // COLUMNS) * COLUMNS
+        return rounded_columns(num_columns, self.is_compiled)
 
     # The loop
 
-    @torch.inference_mode()
     def run(self) -> Iterator[tuple[int, Tensor, int]]:
         """Yields each prompt's number, new ids `(length)` and steps taken as soon as its row ends."""
+        try:
+            yield from self._run()
+        finally:
+            self.hook = None  # whoever listens refers to this decoder
+        if self.is_compiled:
+            vars(self.model)[KEPT] = self
+
+    @torch.inference_mode()
+    def _run(self) -> Iterator[tuple[int, Tensor, int]]:
         free = deque(range(self.num_rows))
         busy: set[int] = set()
         while self.waiting or busy:
@@ -321,8 +329,6 @@ class Decoder:
                     busy.remove(row)
                     free.append(row)
                     yield owner, self.tokens[row, self.prompts[owner].num_given : length].cpu(), seen["round"][row]
-        if self.is_compiled:
-            self.hook, vars(self.model)[KEPT] = None, self
 
     def _take_steps(self, seen: dict[str, list]) -> None:
         if self.window == "auto" and "codes" in seen["phase"]:
@@ -331,7 +337,7 @@ class Decoder:
         if self.is_compiled:
             self._pin()
         for _ in range(num_steps):
-            self.run_step(**variant)
+            self.run_step(self, **variant)
 
     def _look(self) -> dict[str, list]:
         """What the host needs to know of the rows: the only place where it waits for the device."""
@@ -365,10 +371,11 @@ class Decoder:
         left = min(seen["left"][row] for row in running)
         num_steps = 1 if looks_always else max(1, min(most, left // gain))
         longest = max(seen["reach"][row] for row in running) + num_steps * gain
-        self._reserve(longest)
+        self._reserve(longest - gain)  # the last step's is within the margin
+        num_columns = self.cache.num_columns
         return num_steps, {
             "num_slots": num_slots,
-            "num_columns": self.cache.num_columns if self.is_compiled else self._rounded(longest),
+            "num_columns": num_columns if self.is_compiled else min(self._rounded(longest), num_columns),
             "guided": self.is_guided and not all(seen["unguided"][row] for row in running),
             "with_codes": with_codes,
             "with_text": with_text,
@@ -399,7 +406,7 @@ class Decoder:
                 if step == 2:  # the first may compile, and the second record its graph
                     begin, start = sum(now["length"]), perf_counter()
                 if any(now["running"]):
-                    self.run_step(**self._plan(now)[1])
+                    self.run_step(self, **self._plan(now)[1])
                 now = self._look()
             speeds[window] = (sum(now["length"]) - begin) / (perf_counter() - start)
             for name, state in before.items():
@@ -653,6 +660,14 @@ class Decoder:
         return torch.where(places >= 0, self.tokens.gather(1, places.clamp(min=0)), self.pad_id)
 
 
+def rounded_columns(num_columns: int, is_compiled: bool) -> int:
+    """Of a cache that has room for so many."""
+    if not is_compiled:
+        return -(-num_columns // COLUMNS) * COLUMNS
+    power = 1 << (num_columns - 1).bit_length()
+    return max(COMPILED_COLUMNS, power * 3 // 4 if num_columns <= power * 3 // 4 else power)
+
+
 def _pick(scores: Tensor, candidates: Tensor) -> Tensor:
     """The best candidate. `(..., candidates)` to `(...)`"""
     return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
@@ -741,17 +756,16 @@ def _rows_of(head: nn.Module, ranges: list[list[int]]) -> Tensor | None:
     is_plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.device.type != "meta"
     if not is_plain or hasattr(head, "base_layer") or hasattr(head, "_hf_hook"):
         return None
-    parts = [weight.detach()[first:end] for first, end in ranges]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    return torch.cat([weight.detach()[first:end] for first, end in ranges])  # a copy, which may be written to
 
 
 def _compiled(step: Callable, compile_config: Any) -> Callable:
     """The step with its variants compiled; where that fails, it warns and runs as it is."""
     compiled = torch.compile(step, **{**compile_config.to_dict(), "dynamic": bool(compile_config.dynamic)})
 
-    def run(**variant) -> None:
+    def run(decoder: Decoder, **variant) -> None:
         with torch._dynamo.config.patch(suppress_errors=True, recompile_limit=MAX_VARIANTS):
             torch.compiler.cudagraph_mark_step_begin()
-            compiled(**variant)
+            compiled(decoder, **variant)
 
     return run

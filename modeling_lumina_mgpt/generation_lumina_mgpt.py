@@ -20,7 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import CompileConfig, GenerationConfig, GenerationMixin, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
 
-from .decoding_lumina_mgpt import COLUMNS, KEPT, Decoder, Prompt
+from .decoding_lumina_mgpt import COLUMNS, KEPT, Decoder, Prompt, rounded_columns
 from .uni_rep import ImageLayout, is_whole, whole_numbers
 
 NO_STOCK_SEARCH = {"guidance_scale": 1.0, "num_beams": 1}  # stock's guidance runs the model twice
@@ -169,7 +169,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
 
     def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
         """Keys and values of so many rows, those of guidance counted apart, of so many tokens; and room for drafts."""
-        config, num_columns = self.config, -(-num_tokens // COLUMNS) * COLUMNS + COLUMNS
+        config, is_compiled = self.config, self._compile_config(self.generation_config) is not None
+        num_columns = rounded_columns(num_tokens + COLUMNS, is_compiled)
         head_dim = config.hidden_size // config.num_attention_heads
         num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # of a token
         return num_rows * num_columns * num_values * self.dtype.itemsize
@@ -280,11 +281,6 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         ]
         copies = len(seeds) // len(prompts)
         pad_id, end_ids = generation_config._pad_token_tensor, generation_config._eos_token_tensor
-        compile_config = generation_config.compile_config
-        quantizer, device_map = getattr(self, "hf_quantizer", None), getattr(self, "hf_device_map", {})
-        is_whole_on_gpu = self.device.type == "cuda" and len({*device_map.values()}) < 2
-        if compile_config is None and is_whole_on_gpu and getattr(quantizer, "is_compileable", True):
-            compile_config = CompileConfig()
         return Decoder(
             self,
             settings,
@@ -293,8 +289,16 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             end_ids=[] if end_ids is None else end_ids.tolist(),
             pad_id=0 if pad_id is None else int(pad_id),  # stock's: the end of a turn where there is no padding token
             processors=processors,
-            compile_config=None if generation_config.disable_compile or processors else compile_config,
+            compile_config=None if processors else self._compile_config(generation_config),
         )
+
+    def _compile_config(self, generation_config: Any) -> CompileConfig | None:
+        """How to compile the steps: as is asked for, else by default on a GPU that has the whole model; None: not."""
+        if generation_config.disable_compile or generation_config.compile_config is not None:
+            return None if generation_config.disable_compile else generation_config.compile_config
+        quantizer, device_map = getattr(self, "hf_quantizer", None), getattr(self, "hf_device_map", {})
+        is_whole_on_gpu = self.device.type == "cuda" and len({*device_map.values()}) < 2
+        return CompileConfig() if is_whole_on_gpu and getattr(quantizer, "is_compileable", True) else None
 
     def _begun(
         self, row: int, ids: Tensor, wanted: tuple[int, int], negative: Tensor, max_new_tokens: int
@@ -313,6 +317,8 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         sizes = (layout.size_of_id(ids[first + 1 : first + 3]) * layout.codes_per_size_unit).tolist()
         rows, cols = wanted[0] if not sizes else sizes[0], wanted[1] if len(sizes) < 2 else sizes[1]
         is_asked = wanted[0] > 0 and (not is_begun or (rows, cols) == wanted)
+        if is_begun and not layout.is_beginning(ids[first:], rows, cols):
+            raise ValueError(f"row {row}: what follows the image's start, token {first}, is the beginning of none.")
 
         # 2. Its room. What was asked for needs it; what the prompt begins the user may cut short, but not the context
         step = length - first

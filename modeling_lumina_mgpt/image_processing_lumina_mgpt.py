@@ -88,6 +88,10 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             raise ValueError(f"an image of {size} px: accepted are sides of at most {MAX_SIDES_RATIO} to 1")
         if image.mode.startswith("I;16"):  # PIL would cut off what is above 255
             image = Image.fromarray((np.asarray(image) // 256).astype(np.uint8))
+        elif image.mode == "F":
+            image = _from_array(np.asarray(image))
+        elif image.mode == "I" and not 0 <= (extrema := image.getextrema())[0] <= extrema[1] <= 255:
+            raise ValueError(f"an image of numbers from {extrema[0]} to {extrema[1]}: accepted are 0 to 255")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -110,7 +114,7 @@ class LuminaMGPTImageProcessor(BaseImageProcessor):
             return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True).clip(min=1e-6)
         if task == "segmentation":
             colors = np.array([color for _, *color in self.check_palette()], np.float32) / 255  # (classes, 3)
-            return np.square(values[:, :, None] - colors).sum(-1).argmin(-1).astype(np.uint8)
+            return np.stack([np.square(values - color).sum(-1) for color in colors]).argmin(0).astype(np.uint8)
         return values
 
     def check_palette(self) -> list[list[Any]]:

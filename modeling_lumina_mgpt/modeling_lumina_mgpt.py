@@ -68,6 +68,20 @@ class LuminaMGPTDecoderLayer(ChameleonDecoderLayer):
         return (hidden_states,)
 
 
+class LuminaMGPTRotaryEmbedding(ChameleonRotaryEmbedding):
+    """Stock's, with frequencies that stay in float32 whatever the model's dtype becomes: rounded, they are off by
+    radians after an image's thousands of tokens.
+    """
+
+    def _apply(self, fn, recurse=True):
+        exact = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            if (now := getattr(self, name)).dtype != buffer.dtype:
+                setattr(self, name, buffer.to(now.device))
+        return self
+
+
 class LuminaMGPTPreTrainedModel(ChameleonPreTrainedModel):
     config_class = LuminaMGPTConfig
     output_modalities = ("image", "text")
@@ -84,7 +98,7 @@ class LuminaMGPTModel(LuminaMGPTPreTrainedModel, ChameleonModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(LuminaMGPTDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = ChameleonRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = ChameleonRotaryEmbedding(config=config)
+        self.rotary_emb = LuminaMGPTRotaryEmbedding(config=config)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -180,6 +194,12 @@ class LuminaMGPTForConditionalGeneration(LuminaMGPTPreTrainedModel, LuminaMGPTGe
         self.lm_head = LuminaMGPTHead(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """As in stock, but a plain layer, which `resize_token_embeddings` brings, becomes one that has losses."""
+        if type(new_embeddings) is nn.Linear:
+            new_embeddings.__class__ = LuminaMGPTHead
+        super().set_output_embeddings(new_embeddings)
+
     @can_return_tuple
     def forward(
         self,
@@ -264,6 +284,7 @@ def language_losses(
     targets = F.pad(labels, (0, 1), value=IGNORED_LABEL)[:, 1:].to(hidden_states.device)  # (batch, length)
     predicted = targets != IGNORED_LABEL
     total, cross_entropy, z_losses = head(hidden_states[predicted], targets[predicted], z_loss_weight)
+    predicted = predicted.to(total.device)  # the head may be on another one than what it is given
     count = predicted.sum() if num_items_in_batch is None else num_items_in_batch
     count = torch.as_tensor(count, device=total.device).clamp(min=1)
     nothing = total.new_zeros(predicted.shape)

@@ -109,6 +109,17 @@ class ImageLayout:
         matches = ids[..., None] == self._sizes(ids.device)  # (batch, sizes)
         return (matches * self._units(ids.device)).sum(-1)
 
+    def is_beginning(self, ids: Tensor, rows: int, cols: int) -> bool:
+        """Whether an image of so many code rows and columns, 0 where not known, may begin with ids `(length)`."""
+        if ids[0] != self.start_id or not all((rows, cols)[: len(ids) - 1]):
+            return False
+        if len(ids) <= 3:
+            return True
+        step, codes = torch.arange(3, len(ids)), torch.cat([torch.arange(*ends) for ends in self.code_id_ranges])
+        forced = self.forced_next(step, torch.full_like(step, rows), torch.full_like(step, cols))
+        fits = torch.where(forced >= 0, ids[3:] == forced, torch.isin(ids[3:], codes))
+        return len(ids) < self.num_tokens(rows, cols) and bool(fits.all())
+
     def forced_next(self, step: Tensor, rows: Tensor, cols: Tensor) -> Tensor:
         """The id that must come next, or -1 where there is a choice.
 

@@ -183,7 +183,9 @@ def draw_settings(pipe: "LuminaMGPTPipeline", prompt: str | None, seed: int, **c
     Each row varies one setting, in one batch of the pipeline; `call` are its further arguments for one picture. What a
     checkpoint's schedule sets by itself is left out.
     """
-    usual, rows = pipe.transformer._decoding_settings(None, {}), []
+    task = pipe.processor.tasks[call.get("task") or ("text-to-image" if call.get("image") is None else "edit")]
+    after_image = pipe.sampling_after_images() if task.needs_image and not task.continues else {}
+    usual, rows = pipe.transformer._decoding_settings(None, after_image), []
     varied = {name: {*choices, getattr(usual, name)} for name, choices in SETTINGS.items()}
     if usual.top_k_schedule is not None:
         del varied["image_top_k"]

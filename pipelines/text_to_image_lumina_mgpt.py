@@ -39,4 +39,5 @@ class LuminaMGPTTextToImagePipeline(Pipeline):
 
     def postprocess(self, outputs: dict[str, Any]) -> list:
         """The pictures, one a row."""
+        self.processor.vqvae.to(self.device)
         return [self.processor.decode_ids(row)[-1] for row in outputs["ids"]]

@@ -1,12 +1,15 @@
 """The engine: what speculation may not change, what is shared, and what is left out when it is not needed."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from test_generation import continuation, draw, prompts
 from transformers import CompileConfig
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
-from modeling_lumina_mgpt.decoding_lumina_mgpt import WINDOWS
+from modeling_lumina_mgpt.decoding_lumina_mgpt import WINDOWS, Decoder
 
 
 @pytest.fixture
@@ -141,6 +144,31 @@ def test_other_attention_draws_the_same(model, tiny_processor, implementation):
     model.config._attn_implementation = implementation
     assert torch.equal(draw(model, prompt, [0]), plain)
     assert model.config._attn_implementation == implementation
+
+
+def test_a_call_leaves_nothing_behind(model, tiny_processor, monkeypatch):
+    """At once, without waiting for a collection of garbage."""
+    made, prompt = [], tiny_processor("a", return_tensors="pt")
+    monkeypatch.setattr(Decoder, "_call_in", lambda decoder: made.append(weakref.ref(decoder)))
+    gc.collect()
+    gc.disable()
+    try:
+        draw(model, prompt, [0], height=32, width=32)
+        model.generate(**prompt, max_new_tokens=3, callback_on_step_end=lambda *_: False)
+    finally:
+        gc.enable()
+    assert made and not any(decoder() for decoder in made)
+
+
+def test_a_compiled_call_leaves_the_weights_of_others_alone(model, tiny_processor):
+    prompt, traced = tiny_processor("a", return_tensors="pt"), CompileConfig(backend="eager")
+    options = {"height": 32, "width": 32, "compile_config": traced}
+    draw(model, prompt, [0], **options)
+    head = model.lm_head.weight
+    before = head.detach().clone()
+    model.lm_head.weight = torch.nn.Parameter(2 * before)  # as another adapter would bring one
+    draw(model, prompt, [0], **options)
+    assert torch.equal(head, before)
 
 
 @pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])

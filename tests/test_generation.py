@@ -253,6 +253,21 @@ def test_noise_is_gumbel_and_reproducible():
     assert len(noise.unique()) > 0.99 * noise.numel()
 
 
+def test_what_is_no_beginning_of_a_picture_is_refused(model, tiny_processor):
+    (begun,) = tiny_processor("a", height=32, width=32)["input_ids"].tolist()
+    uni_rep = tiny_processor.uni_rep
+    whole = [*begun[:-3], *uni_rep.encode(uni_rep.code_ids[:16].view(4, 4)).tolist()]
+    code = int(uni_rep.code_ids[0])
+    for ids in (
+        [*begun[:-2], code, code],  # no sizes
+        [*whole[:-1], *begun[:-3]],  # an end that was taken for the end of the answer, and the next question
+        [*begun, code, begun[1]],  # a word among the codes
+        [*begun, *[code] * 5],  # no end of the line
+    ):
+        with pytest.raises(ValueError, match=r"row 0: what follows the image's start, token \d+, is the beginning of"):
+            model.generate(torch.tensor([ids]), max_new_tokens=400)
+
+
 def test_a_picture_has_room_however_it_begins(model, tiny_processor):
     """Asked for, or begun in the prompt by the start token, a size, all sizes or some codes."""
     (begun,) = tiny_processor("a", height=32, width=32)["input_ids"].tolist()

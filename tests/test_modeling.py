@@ -387,6 +387,23 @@ def test_a_packed_row_has_the_losses_of_its_parts(attention, checkpointing):
         torch.testing.assert_close(gradients(packed.loss, model), gradients(whole, model), atol=1e-5, rtol=0)
 
 
+def test_a_vocabulary_that_has_grown_is_trained():
+    model = tiny_model("plain")
+    model.resize_token_embeddings(VOCAB_SIZE + 3)
+    ids = random_ids(2, LENGTH)
+    outputs = model(ids, labels=ids, skip_logits=False)
+    assert outputs.logits.shape[-1] == VOCAB_SIZE + 3
+    expected = F.cross_entropy(outputs.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    torch.testing.assert_close(outputs.loss - outputs.z_loss * model.config.z_loss_weight, expected)
+
+
+def test_positions_are_as_exact_in_another_dtype():
+    model = tiny_model("plain")
+    exact = model.model.rotary_emb.inv_freq.clone()
+    model.to(torch.bfloat16)
+    assert model.dtype == torch.bfloat16 and torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
 @pytest.mark.slow
 def test_a_compiled_model_trains_on_the_same_loss_and_is_compiled_for_all_shapes():
     model, counter = tiny_model("plain", z_loss_weight=Z_LOSS_WEIGHT).train(), CompileCounter()

@@ -141,7 +141,9 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path):
     expected.save(tmp_path / "picture.png")
     data = (tmp_path / "picture.png").read_bytes()
     chw = torch.from_numpy(array.copy()).movedim(-1, 0)
-    transparent = expected.convert("RGBA")
+    transparent, gray = expected.convert("RGBA"), Image.fromarray(array[..., 0])
+    for image in (gray.convert("I"), Image.fromarray(array[..., 0] / np.float32(255))):
+        assert np.array_equal(np.asarray(LuminaMGPTImageProcessor().load(image)), array[..., [0, 0, 0]])
     kinds = [tmp_path / "picture.png", str(tmp_path / "picture.png"), data, array, array / 255, chw, chw / 255]
     for image in [*kinds, transparent]:
         assert np.array_equal(np.asarray(LuminaMGPTImageProcessor().load(image)), array)
@@ -160,6 +162,8 @@ def test_every_kind_of_picture_is_the_same_picture(tmp_path):
         (np.zeros((4, 4, 3), np.int64), "array of int64"),
         (np.zeros((4, 4, 5), np.uint8), r"shape \(4, 4, 5\)"),
         (Image.new("RGB", (0, 5)), "0x5 px has no pixels"),
+        (Image.new("I", (4, 4), 40000), "numbers from 40000 to 40000: accepted are 0 to 255"),
+        (Image.new("F", (4, 4), 7.5), r"float array from 7.5 to 7.5: accepted is \[0, 1\]"),
         (torch.full((2, 2), 64), "codes 64 to 64"),
         (torch.zeros(3, 2, dtype=torch.long), "3x2 codes"),
     ],

@@ -269,6 +269,7 @@ class LuminaMGPTTrainer(SFTTrainer):
         try:
             yield
         finally:
+            self.model.free_cache()  # training needs the room
             if sharded:
                 self.model.reshard()
 
