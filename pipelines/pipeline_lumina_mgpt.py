@@ -310,7 +310,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             color_fix: "wavelet", "adain" or None: how a restored picture gets the colors of `image`. One larger than
                 the model's square is restored in overlapping squares; a smaller one comes back that large.
             tile_batch_size: squares of a large picture that are restored at a time; more take less time, and of a 7B
-                PURE in bfloat16 about 9 GB each.
+                PURE in bfloat16 about 9 GB each, 13 where steps are compiled.
             best_of: rows to draw of each prompt, of which the `num_images_per_prompt` best are returned.
             verifier: called as `verifier(prompt, images)` with the rows of a prompt as PIL images; gives a score for
                 each, more is better. The best come first. `pipelines.verifiers` has two.
