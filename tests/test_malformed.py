@@ -773,6 +773,7 @@ COMMANDS = {
     "no model to push": ("push files name/repo", "files has no model_index.json: not a model's folder"),
     "two folders to check": ("convert files out --check", "convert takes SOURCE and OUT, or --check"),
     "no sentences": ("evaluate --num-per-category 0", "(or equal to 1|x>=1)"),
+    "an evaluation into a file": ("evaluate --output-dir files/good.png", "good.png is a file: accepted is a folder"),
     "an evaluation between sizes": ("evaluate --num-per-category 1 --size 33x33", "33 px: accepted are multiples"),
 }
 

@@ -520,9 +520,11 @@ def run_evaluation(
 ) -> dict:
     """Scores a pipeline, with the options of `score`: prints the table, writes scores.json and contact_sheet.png."""
     folder = Path(output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output_dir {folder} is a file: accepted is a folder")
     report, images = score(pipe, num_per_category, **options)
     print(format_report(report))
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "scores.json").write_text(json.dumps(report, indent=2) + "\n")
     contact_sheet(report["pictures"], images).save(folder / "contact_sheet.png")
     return report
