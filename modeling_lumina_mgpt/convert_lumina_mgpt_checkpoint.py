@@ -434,7 +434,7 @@ def _settle(config: LuminaMGPTConfig, processor: LuminaMGPTProcessor, family: Fa
         raise ValueError(f"an embedding of {config.vocab_size} rows for a tokenizer with ids to {last}")
     if (config.rope_parameters or {}).get("rope_type") == "default":  # others measure distances by the context
         trained = [TASKS[name] for name in processor.trained_tasks or []]
-        num_pictures = 1 + any("image" in task.answer and task.needs_image and not task.continues for task in trained)
+        num_pictures = 1 + any("image" in task.answer and task.follows_image for task in trained)
         needed = num_pictures * uni_rep.num_tokens(*uni_rep.grid(side_px, side_px)) + TEXT_ROOM
         config.max_position_embeddings = max(family.context, needed, config.max_position_embeddings)
     config.eos_token_id = uni_rep.end_id if family is LUMINA_2 else uni_rep.end_of_turn_id

@@ -86,6 +86,11 @@ class Task:
     def needs_image(self) -> bool:
         return IMAGE in self.template or self.continues
 
+    @property
+    def follows_image(self) -> bool:
+        """Whether the answer comes after a picture, rather than to words alone, or as the rest of one."""
+        return self.needs_image and not self.continues
+
 
 TEXT_TO_IMAGE = "Generate an image of {width}x{height} according to the following prompt:\n{prompt}"
 DUAL_PANEL = (

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from modeling_lumina_mgpt.decoding_lumina_mgpt import MIN_DECAYED_SCALE, entropy
 
+from .pipeline_lumina_mgpt import default_task
+
 if TYPE_CHECKING:
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
@@ -183,8 +185,8 @@ def draw_settings(pipe: "LuminaMGPTPipeline", prompt: str | None, seed: int, **c
     Each row varies one setting, in one batch of the pipeline; `call` are its further arguments for one picture. What a
     checkpoint's schedule sets by itself is left out.
     """
-    task = pipe.processor.tasks[call.get("task") or ("text-to-image" if call.get("image") is None else "edit")]
-    after_image = pipe.sampling_after_images() if task.needs_image and not task.continues else {}
+    task = pipe.processor.tasks[call.get("task") or default_task(call.get("image"))]
+    after_image = pipe.sampling_after_images() if task.follows_image else {}
     usual, rows = pipe.transformer._decoding_settings(None, after_image), []
     varied = {name: {*choices, getattr(usual, name)} for name, choices in SETTINGS.items()}
     if usual.top_k_schedule is not None:

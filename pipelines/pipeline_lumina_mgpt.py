@@ -559,7 +559,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         **generate_kwargs,
     ) -> Call:
         """Checks what was asked for, and encodes its images."""
-        task = task if task is not None else ("text-to-image" if image is None else "edit")
+        task = task if task is not None else default_task(image)
         self.processor.check_task(task, allow_untrained)
         self._check_options(output_type, callback_on_step_end_tensor_inputs, generate_kwargs, task)
         if color_fix is not None:
@@ -632,8 +632,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
     def _encode_images(self, task: str, requests: list[Request]) -> None:
         """Gives each request its image's codes, and the size of the picture to draw unless the model decides."""
         config, uni_rep, asked = self.transformer.config, self.processor.uni_rep, self.processor.tasks[task]
-        follows = asked.needs_image and not asked.continues
-        if follows:
+        if asked.follows_image:
             codes = self.processor.encode_images([request.image for request in requests])
             for request, own in zip(requests, codes, strict=True):
                 uni_rep.header(*own.shape)  # raises for what cannot be written
@@ -646,7 +645,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             if request.height is not None:
                 request.height = _checked_count("height", request.height) * asked.num_panels
                 uni_rep.grid(request.height, request.width)  # raises for what cannot be drawn
-            elif not follows and not (asked.continues and asked.num_panels > 1):
+            elif not asked.follows_image and not (asked.continues and asked.num_panels > 1):
                 request.height, request.width = config.default_height_px, config.default_width_px
             if asked.continues:
                 request.codes = self._upper_rows(request, asked.num_panels)
@@ -712,7 +711,7 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         if any(request.negative_prompt for request in requests):
             kwargs |= self._encode_negative_prompts(task, requests)
         sampling = {name: [request.sampling[name] for request in requests] for name in requests[0].sampling}
-        if self.processor.tasks[task].needs_image and not self.processor.tasks[task].continues:
+        if self.processor.tasks[task].follows_image:
             for name, value in self.sampling_after_images(sampling).items():
                 own = sampling.get(name, [None] * len(requests))
                 sampling[name] = [value if given is None else given for given in own]
@@ -1273,6 +1272,11 @@ def _read_lora(source: str | Path, hub_arguments: dict[str, Any]) -> tuple[Any, 
 def _check_weight(name: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} {value!r}: accepted are numbers")
+
+
+def default_task(image: Any) -> str:
+    """What a call is for that does not say it."""
+    return "text-to-image" if image is None else "edit"
 
 
 def _num_copies(num_images_per_prompt: int, best_of: int | None, verifier: Callable | None) -> int:
