@@ -193,6 +193,7 @@ def test_every_task_is_scored_and_what_is_scored_is_kept(score, long_pipe, tmp_p
     headlines = {(result.metric_name, round(result.metric_value, 3)) for result in card.data.eval_results}
     depth = {score["metric"]: score["ours"]["value"] for score in report["tasks"]["depth"]["scores"]}
     assert 0 < len(headlines) <= len(HEADLINES) and ("depth: delta1", round(depth["delta1"], 3)) in headlines
+    assert json.loads((tmp_path / "model" / "scoreboard.json").read_text()) == report
     assert card.data.license == "apache-2.0" and table in card.content and "| fp_sft_64 | 40 |" in card.content
     pictures = set(re.findall(r"\((pictures/.*?)\)", card.content))
     assert len(pictures) == len(trials.SCORED) + 1 and all((tmp_path / "model" / name).exists() for name in pictures)
@@ -206,10 +207,20 @@ def test_every_task_is_scored_and_what_is_scored_is_kept(score, long_pipe, tmp_p
         score()
 
 
+def test_what_does_not_fit_the_context_is_left_out(score, long_pipe, capsys):
+    """A picture has 75 tokens, what it is asked for in words some more."""
+    long_pipe.transformer.config.max_position_embeddings = 256
+    report = score()
+    assert report["left_out"].keys() == {"edit", "pair", "panel"}  # four pictures in turn, and four areas at once
+    assert report["left_out"].keys() | report["tasks"].keys() == trials.SCORED.keys()
+    assert "- edit: " in capsys.readouterr().out
+
+
 def test_tasks_without_training_are_left_out_and_sizes_are_buckets(score, long_pipe, capsys):
     long_pipe.processor.trained_tasks = ["vqa"]
     report = score()
-    assert list(report["tasks"]) == ["vqa", "chat"] and "depth: left out" in capsys.readouterr().out
+    assert list(report["tasks"]) == ["vqa", "chat"]
+    assert "- depth: the checkpoint was not trained for it" in capsys.readouterr().out
     with pytest.raises(ValueError, match="split 'train': accepted are test, validation"):
         score(split="train")
     with pytest.raises(ValueError, match=r"size 32x32: this checkpoint crops what it is given to .*64x64"):

@@ -1,6 +1,7 @@
 """The default checkpoint's card: what it is, its pictures, its scores and where they come from."""
 
 import json
+import shutil
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,12 +41,12 @@ SENTENCES = (
     "four small spheres",
 )
 SHOWN = ("edit", "depth", "normal", "segmentation", "pose", "detection", "control", "vqa")  # below the sentences
-ZOOM, GAP_PX, TEXT_PX = 2, 8, 44
+ZOOM, GAP_PX, TEXT_PX = 2, 8, 56
 INK = "#222222"
 
 
 def write_card(pipe: "LuminaMGPTPipeline", scores: str | Path, minutes: dict[str, float], folder: str | Path) -> None:
-    """Writes `README.md` and `pictures/` into the checkpoint's folder.
+    """Writes `README.md`, `pictures/` and `scoreboard.json` into the checkpoint's folder.
 
     Args:
         scores: the folder that `run_scoreboard` has written.
@@ -72,6 +73,7 @@ def write_card(pipe: "LuminaMGPTPipeline", scores: str | Path, minutes: dict[str
         **report["settings"] | {"size": "{}x{}".format(*report["settings"]["size"])},
     )
     (Path(folder) / "README.md").write_text(card)
+    shutil.copyfile(scores / "scoreboard.json", Path(folder) / "scoreboard.json")
 
 
 def _shown(text: str, picture: str | None = None) -> str:
@@ -114,7 +116,8 @@ def draw_gallery(pipe: "LuminaMGPTPipeline", seed: int = 0) -> Image.Image:
             given, words = record["images"][0], record["instructions"][0]
         output: Any = pipe(words, image=given, task=task, generator=generator)
         answer = [output.images[0]] if output.images[0] is not None else []
-        cells.append(([given, *answer], f"{task}: {words or ''} {output.text[0]}".strip(": ")))
+        said = [part for part in (words, output.text[0]) if part]
+        cells.append(([given, *answer], f"{task}: {' -> '.join(said)}".strip(": ")))
     return _grid(cells, len(SENTENCES))
 
 
@@ -132,7 +135,7 @@ def _grid(cells: list[tuple[list[Image.Image], str]], columns: int) -> Image.Ima
                 grid.paste(
                     picture.resize((width, height), Image.Resampling.NEAREST), (left, top + j * (height + GAP_PX))
                 )
-            lines = textwrap.wrap(text, width // 6, max_lines=4, placeholder="...")
+            lines = textwrap.wrap(text, width // 6, max_lines=5, placeholder="...")
             pen.multiline_text((left, top + row_px - TEXT_PX), "\n".join(lines), INK, font_size=10, spacing=1)
         top += row_px
     return grid

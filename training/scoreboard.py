@@ -3,8 +3,7 @@
     lumina-mgpt evaluate --all --output-dir runs/tabletop/scoreboard
 
 The cases and the answers are in `trials.py`, the measures in `metrics.py`. Intervals are of 95%, by bootstrap over
-cases. Tasks that the checkpoint was not trained for are left out. What is scored stays in scoreboard.json, and the
-same command goes on with what is missing.
+cases. What is scored stays in scoreboard.json, and the same command goes on with what is missing.
 
 The conventions: AbsRel and delta1 are of depth in table units; mIoU and the median angle are each picture's, then the
 mean; PCK@0.2 is of the longer side of the figure's box; edits are three in a row of one picture, each scored against
@@ -58,6 +57,7 @@ def run_scoreboard(
 ) -> dict:
     """Scores a pipeline on every task that it was trained for, and writes and prints the table.
 
+    What it was not trained for, or cannot do (three edits may not fit into its context), is left out with the reason.
     In `output_dir`: scoreboard.json, rewritten after each task; scoreboard.md; curves.png; sheets/TASK.png.
 
     Args:
@@ -84,16 +84,21 @@ def run_scoreboard(
     report = _opened(folder, pipe, {"num_cases": num_cases, "size": [*size], "seed": seed, "split": split})
     pipe.set_progress_bar_config(disable=True)  # one for each batch says little
     board, trained = Board(pipe, num_cases, size, seed, split), pipe.processor.trained_tasks
-    report["left_out"] = [
-        task for task in SCORED if trained is not None and NEEDED.get(task, task) not in (*trained, "chat")
-    ]
-    for task in report["left_out"]:
-        print(f"{task}: left out, as the checkpoint was not trained for it")
+    report["left_out"] = {
+        task: "the checkpoint was not trained for it"
+        for task in SCORED
+        if trained is not None and NEEDED.get(task, task) not in (*trained, "chat")
+    }
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     for task, trials_of in SCORED.items():
         if task in report["left_out"] or task in report["tasks"]:
             continue
-        start, trials = time.monotonic(), trials_of(board)
+        start = time.monotonic()
+        try:
+            trials = trials_of(board)
+        except ValueError as error:  # such as three edits in a context that has room for one
+            report["left_out"][task] = str(error)
+            continue
         scores = _scores(trials)
         draw_sheet(task, trials).save(folder / "sheets" / f"{task}.png")
         report["tasks"][task] = {"seconds": round(time.monotonic() - start, 1), "scores": scores}
@@ -154,7 +159,7 @@ def _scores(trials: Trials) -> list[dict]:
 
 
 def format_table(report: dict) -> str:
-    """Markdown: a row for each metric, without the curves."""
+    """Markdown: a row for each metric, without the curves; then what was left out, and why."""
     lines = ["| task | metric | cases | trivial | ours | VQ ceiling |", "|---|---|---:|---:|---:|---:|"]
     for task, result in report["tasks"].items():
         for score in result["scores"] if task != "curves" else ():
@@ -165,6 +170,8 @@ def format_table(report: dict) -> str:
             )
             cells = [task, f"{score['metric']} {arrow}", ours["of"], _number(trivial["value"], unit), own]
             lines.append(f"| {' | '.join(map(str, [*cells, _number(ceiling['value'], unit)]))} |")
+    if report["left_out"]:
+        lines += ["", "Left out:", "", *(f"- {task}: {why}" for task, why in report["left_out"].items())]
     return "\n".join(lines) + "\n"
 
 

@@ -40,7 +40,10 @@ NUM_EDITS = 3
 PANEL_SCALE = 2  # what the recipes multiply `target_px` by for pictures of two panels
 TEXT_TOKENS = 128  # at most, in an answer
 SEEN = ("input", "truth", "ours")
-IMAGE_SIZES = ((64, 64), (80, 48), (48, 80), (96, 96), (112, 80), (128, 128), (160, 64))
+IMAGE_SIZES = (  # of a model of 64 x 64, others' in proportion
+    *((48, 48), (64, 64), (80, 48), (48, 80), (96, 96), (112, 80), (128, 128)),
+    *((160, 64), (64, 160), (160, 160)),
+)
 CURVES = {"guidance_scale": (1, 2, 3, 4, 5, 6, 7, 8), "image_temperature": (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)}
 CONDITIONS = ("depth", "pose", "subject")
 
@@ -193,12 +196,13 @@ def _draws_sentence(example: Example, picture: Image.Image) -> metrics.Values:
 def sizes(board: Board) -> Trials:
     """The same at several sizes; those "between buckets" are in no stage of the recipes."""
     uni_rep, target_px = board.processor.uni_rep, board.processor.target_px
+    image_sizes = [(width * target_px // 64, height * target_px // 64) for width, height in IMAGE_SIZES]
     targets = [int(target_px * scale) for scale in (1, 1.5, 2)]
     buckets = {size for px in targets if px % uni_rep.size_unit_px == 0 for size in uni_rep.buckets(px)}
     cases: list[tuple[str, Example]] = []
     answers: dict[str, list] = {column: [] for column in COLUMN_NAMES}
     shown = []
-    for size in IMAGE_SIZES:
+    for i, size in enumerate(image_sizes):
         if any(px % uni_rep.size_unit_px for px in size):
             continue
         trials = _sentences(board, board.sentences(_per_category(board), size), size)
@@ -206,7 +210,8 @@ def sizes(board: Board) -> Trials:
         cases += [(name, example) for example in trials.cases]
         for column, own in answers.items():
             own += trials.answers[column]
-        shown += [(f"{name}: {text}", pictures) for text, pictures in trials.shown[-1:]]
+        text, pictures = trials.shown[i * len(trials.shown) // len(image_sizes)]  # of each category some
+        shown.append((f"{name}: {text}", pictures))
     return Trials(cases, _draws_case, answers, ("a true picture", "ours"), shown)
 
 
@@ -415,19 +420,35 @@ def _edits(case: tuple[Plan, list[metrics.State]], pictures: list[Image.Image]) 
 
 
 def control(board: Board) -> Trials:
+    """A picture's condition is found again by the model itself: how well it does that, its maps of true pictures say."""
     found = [*board.by_condition("control", board.size, CONTROLS)]
     given, captions = [record[condition] for condition, record in found], [record["caption"] for _, record in found]
     ours, true = [a.picture for a in board.ask("control", captions, given)], [record["image"] for _, record in found]
-    answers = {"trivial": _shuffled(true), "ours": ours, "ceiling": board.through_vq(true)}
+    drawn = {"trivial": _shuffled(true), "ours": ours, "ceiling": board.through_vq(true)}
+    conditions = [condition for condition, _ in found]
+    answers = {c: [*zip(own, _found_again(board, conditions, own), strict=True)] for c, own in drawn.items()}
     shown = [(text, [*row]) for text, *row in zip(captions, given, true, ours, strict=True)]
     return Trials(found, _controlled, answers, SEEN, shown)
 
 
-def _controlled(case: tuple[str, dict], picture: Image.Image) -> metrics.Values:
-    condition, record = case
+def _found_again(board: Board, conditions: list[str], pictures: list[Image.Image]) -> list[Image.Image]:
+    """Of each picture the map of its condition."""
+    maps: dict[int, Image.Image] = {}
+    for condition in dict.fromkeys(conditions):
+        places = [i for i, own in enumerate(conditions) if own == condition]
+        given = board.ask(condition, images=[pictures[i] for i in places], allow_untrained=True)
+        maps |= dict(zip(places, (answer.picture for answer in given), strict=True))
+    return [maps[i] for i in range(len(pictures))]
+
+
+def _controlled(case: tuple[str, dict], answer: tuple[Image.Image, Image.Image]) -> metrics.Values:
+    (condition, record), (picture, again) = case, answer
+    truth: Any = metrics.read_joints(record["pose"]) if condition == "pose" else record[condition]
+    found_again = getattr(metrics, condition)(truth, again)
     return {
-        f"mask IoU, {condition}": metrics.condition_iou(condition, record["segmentation"], picture),
         "caption satisfied": _satisfied(record["caption"], picture),
+        f"mask IoU, {condition}": metrics.condition_iou(condition, record["segmentation"], picture),
+        **{f"{name}, {condition} found again": value for name, value in found_again.items()},
     }
 
 
@@ -452,7 +473,8 @@ def restore(board: Board) -> Trials:
     _, records = board.cases("restore")
     made = [_conversation(board, "restore", record, i) for i, record in enumerate(records)]
     given, true = ([pictures[i] for _, pictures in made] for i in (0, 1))
-    cases = [(picture, _degrees(turns[1])) for picture, (turns, _) in zip(true, made, strict=True)]
+    words = [turns[1] for turns, _ in made]
+    cases = [(picture, _degrees(text)) for picture, text in zip(true, words, strict=True)]
     uni_rep, (width, height) = board.processor.uni_rep, true[0].size
     room = TEXT_TOKENS + uni_rep.num_tokens(*uni_rep.grid(height, width))
     ours = board.ask("restore", images=given, tile_batch_size=BATCH_SIZE, max_new_tokens=room)
@@ -461,7 +483,10 @@ def restore(board: Board) -> Trials:
         "ours": [(a.picture.resize(t.size), _degrees(a.text)) for a, t in zip(ours, true, strict=True)],
         "ceiling": [(picture, None) for picture in board.through_vq(true)],
     }
-    shown = [(a.text, [i, t, a.picture]) for i, t, a in zip(given, true, ours, strict=True)]
+    shown = [
+        (f"true: {text}\nours: {a.text}", [i, t, a.picture])
+        for text, i, t, a in zip(words, given, true, ours, strict=True)
+    ]
     return Trials(cases, _restored, answers, SEEN, shown)
 
 
