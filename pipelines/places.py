@@ -5,6 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
 HUB_SECONDS = 5  # to wait for an answer where a name is more likely a folder's
@@ -53,12 +55,19 @@ def http_error() -> type[Exception]:
     return HfHubHTTPError.__bases__[0]
 
 
+def best_device() -> "torch.device":
+    """The accelerator if there is one, else the CPU."""
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def load_pipeline(folder: str | Path) -> "LuminaMGPTPipeline":
     """The pipeline of a model's folder or repo: on an accelerator, in bfloat16, or on the CPU, in float32."""
     import torch
 
     from .pipeline_lumina_mgpt import LuminaMGPTPipeline
 
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    device = best_device()
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     return LuminaMGPTPipeline.from_pretrained(folder, dtype=dtype).to(device)

@@ -21,6 +21,8 @@ import torch
 from PIL import Image
 from transformers import AutoModel, AutoProcessor, pipeline
 
+from .places import best_device
+
 INSTRUCTION = (
     "You write prompts for a model that draws pictures. Turn the user's prompt into one concise but more detailed "
     "description of the same picture: which objects there are and how many, their colors and materials, where each "
@@ -48,7 +50,7 @@ class CLIPVerifier:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
-        device = device or torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        device = device or best_device()
         self.model = AutoModel.from_pretrained(model, dtype=dtype or "auto").to(device).eval()
         if not all(hasattr(self.model, name) for name in ("get_text_features", "get_image_features")):
             raise ValueError(f"{model} is a {type(self.model).__name__}; accepted are models such as CLIP and SigLIP")

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("modeling_lumina_mgpt", "pipelines", "training", "checkpoints", "model_cards")
 CHECKPOINT = "checkpoints/lumina-mgpt-tabletop"
@@ -75,6 +77,22 @@ def test_lower_bounds_are_the_oldest_tested_versions():
     assert oldest.items() <= bounds.items()
     assert bounds.keys() - oldest.keys() == {"mypy", "ruff", "setuptools"}  # run with the tested versions only
     assert bounds.keys() - tested.keys() == {"setuptools"}
+
+
+def test_the_default_checkpoint_is_small():
+    weights = [path.stat().st_size for path in (ROOT / CHECKPOINT).rglob("*.safetensors") if not path.is_symlink()]
+    assert len(weights) == 2 and sum(weights) <= 24 * 10**6
+
+
+def test_the_code_of_the_card_runs(tiny_pipe, tmp_path):
+    tiny_pipe.processor.image_processor.palette = [["black", 0, 0, 0]]
+    tiny_pipe.save_pretrained(tmp_path)
+    card = (ROOT / "model_cards/tabletop.md").read_text().replace("{{", "{").replace("}}", "}")
+    blocks = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    code = "".join(blocks).replace(CHECKPOINT, str(tmp_path))
+    exec(compile(code, "card", "exec"), {})  # noqa: S102
+    named = {task for task in TASKS if f'task="{task}"' in code}
+    assert named | {"text-to-image", "edit"} == TASKS.keys()
 
 
 def test_ci_runs_the_commands_of_the_readme():

@@ -74,10 +74,9 @@ def _comparable(record) -> tuple:
 @pytest.mark.parametrize("task", COLUMNS)
 def test_splits_are_disjoint(task):
     for split in SPLITS:
-        for plan in plans(task, 6, split):
-            for scene in plan.scenes if split == "train" else plan.scenes[:1]:
-                assert split_of(scene) == split
-                assert split == "test" or not HELD_OUT & {o.combination for o in scene.objects}
+        for plan in plans(task, 20, split):
+            assert all(split_of(scene) == split for scene in plan.scenes[: None if split == "train" else 1])
+            assert split == "test" or not HELD_OUT & {o.combination for scene in plan.scenes for o in scene.objects}
             sentences = [plan.words["caption"]] if "caption" in plan.words else []
             sentences += [m["value"] for m in plan.words["conversations"][::2]] if task == "chat" else []
             assert all(split_of_sentence(sentence) == split for sentence in sentences)

@@ -168,9 +168,13 @@ def read_joints(picture: Image.Image) -> np.ndarray:
 
 
 def pose(truth: np.ndarray, picture: Image.Image) -> Values:
-    """PCK@0.2: joints nearer to the true ones `(14, 2)` than 0.2 of the longer side of these joints' box."""
-    away = np.linalg.norm(read_joints(picture) - truth, axis=-1)
-    return {"PCK@0.2": (float((away < 0.2 * np.ptp(truth, 0).max()).sum()), float(len(truth)))}
+    """PCK@0.2: joints nearer to the true ones `(14, 2)` than 0.2 of the longer side of these joints' box.
+
+    Joints that are NaN in the truth do not count.
+    """
+    known = ~np.isnan(truth).any(-1)
+    away = np.linalg.norm(read_joints(picture) - truth, axis=-1)[known]
+    return {"PCK@0.2": (float((away < 0.2 * np.ptp(truth[known], 0).max()).sum()), float(known.sum()))}
 
 
 def box_iou(a: Box | None, b: Box) -> float:

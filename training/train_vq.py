@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from diffusers import VQModel
 from PIL import Image
 
+from modeling_lumina_mgpt.pipelines.places import best_device
+
 from .degradation import degrade
 from .drawing import draw_box
 from .metrics import psnr, ssim
@@ -253,7 +255,7 @@ def learning_rate_at(step: int, num_steps: int, peak: float) -> float:
     return peak * min((step + 1) / 100, max(left, 0.02))
 
 
-def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
+def train(recipe: VQRecipe, device: torch.device | str | None = None) -> VQModel:
     """Runs (or resumes) the recipe, saves the model in `output_dir`, and returns it.
 
     Raises:
@@ -263,7 +265,7 @@ def train(recipe: VQRecipe, device: str | None = None) -> VQModel:
         raise ValueError("trainer 'vq' runs in one process: launch it without torchrun and accelerate")
     torch.manual_seed(recipe.seed)
     torch.set_flush_denormal(True)  # Adam's fading moments become denormal, which slows a CPU several times over
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or best_device()
     output_dir = Path(recipe.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     pools = render_pictures(recipe)
