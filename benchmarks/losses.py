@@ -67,7 +67,7 @@ def losses(folder: Path, name: str, num_processes: int = 1, flags: tuple[str, ..
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(recipe))
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes)] if num_processes > 1 else []
-    environment = {**os.environ, **(FSDP if "--fsdp" in flags else {})}
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", **(FSDP if "--fsdp" in flags else {})}
     command = [sys.executable, *launch, __file__, "--train", str(path), *flags]
     subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     state = json.loads((Path(last_checkpoint(folder / name / "trainer")) / "trainer_state.json").read_text())

@@ -164,7 +164,7 @@ class Decoder:
         self.hook: Callable[[Decoder], Tensor] | None = None
         self.pad_id, self.processors, self.is_compiled = pad_id, processors, compile_config is not None
         step = Decoder.take_step  # not of self: what refers to itself keeps its cache until it is collected
-        self.run_step = _compiled(step, compile_config) if self.is_compiled else step
+        self.run_step: Any = _compiled(step, compile_config) if self.is_compiled else step
         self.layout = ImageLayout(**model.config.image_layout)
         self._call_in()
         embeddings = model.get_input_embeddings()
@@ -188,8 +188,10 @@ class Decoder:
         self.cache = RowCache(num_rows * (2 if self.is_guided else 1), model.config.num_key_value_heads)
         self.waiting = deque(range(len(prompts)))
         self.owners = [-1] * num_rows  # which prompt each row has
+        self.num_columns = 0  # of the cache that this call needs
+        earlier = vars(model).pop(KEPT, None)
         if self.is_compiled:
-            self._take_over(vars(model).pop(KEPT, None))
+            self._take_over(earlier)
 
     @property
     def image_end(self) -> Tensor:
@@ -227,7 +229,8 @@ class Decoder:
             if not isinstance(tensor, Tensor) or not isinstance(old, Tensor):
                 continue
             if (old.shape, old.dtype) == (tensor.shape, tensor.dtype):
-                setattr(self, name, old.copy_(tensor))
+                with torch.inference_mode():  # in which the last call may have been made
+                    setattr(self, name, old.copy_(tensor))
         if earlier.cache.num_rows == self.cache.num_rows:
             self.cache = earlier.cache
 
@@ -284,9 +287,11 @@ class Decoder:
 
     def _reserve(self, num_columns: int) -> None:
         """Room for so many tokens, and for what a step may draft after them."""
-        if num_columns + self.margin > self.cache.num_columns:
-            grown = min(self.cache.num_columns * 3 // 2, self.tokens.shape[1])
-            self.cache.reserve(self._rounded(max(num_columns + self.margin, grown)))
+        if num_columns + self.margin > self.num_columns:
+            grown = min(self.num_columns * 3 // 2, self.tokens.shape[1])
+            self.num_columns = self._rounded(max(num_columns + self.margin, grown))
+        if self.num_columns > self.cache.num_columns:  # else an earlier call's has more
+            self.cache.reserve(self.num_columns)
 
     def _rounded(self, num_columns: int) -> int:
         return rounded_columns(num_columns, self.is_compiled)
@@ -301,6 +306,7 @@ class Decoder:
             self.hook = None  # whoever listens refers to this decoder
         if self.is_compiled:
             vars(self.model)[KEPT] = self
+            self.model = self.run_step = None  # a model that refers to itself would stay until it is collected
 
     @torch.inference_mode()
     def _run(self) -> Iterator[tuple[int, Tensor, int]]:
@@ -334,8 +340,7 @@ class Decoder:
         if self.window == "auto" and "codes" in seen["phase"]:
             self.window = self._fastest_window(seen)
         num_steps, variant = self._plan(seen)
-        if self.is_compiled:
-            self._pin()
+        self._pin()
         for _ in range(num_steps):
             self.run_step(self, **variant)
 
@@ -372,10 +377,9 @@ class Decoder:
         num_steps = 1 if looks_always else max(1, min(most, left // gain))
         longest = max(seen["reach"][row] for row in running) + num_steps * gain
         self._reserve(longest - gain)  # the last step's is within the margin
-        num_columns = self.cache.num_columns
         return num_steps, {
             "num_slots": num_slots,
-            "num_columns": num_columns if self.is_compiled else min(self._rounded(longest), num_columns),
+            "num_columns": self.num_columns if self.is_compiled else min(self._rounded(longest), self.num_columns),
             "guided": self.is_guided and not all(seen["unguided"][row] for row in running),
             "with_codes": with_codes,
             "with_text": with_text,
@@ -383,6 +387,8 @@ class Decoder:
 
     def _pin(self) -> None:
         """Tells the compiler that all tensors stay where they are; a CUDA graph writes into no others."""
+        if not self.is_compiled:
+            return
         kept = (*vars(self).values(), *self.layout._tensors.values(), *self.cache.keys, *self.cache.values)
         for tensor in kept:
             if isinstance(tensor, Tensor):
@@ -406,7 +412,9 @@ class Decoder:
                 if step == 2:  # the first may compile, and the second record its graph
                     begin, start = sum(now["length"]), perf_counter()
                 if any(now["running"]):
-                    self.run_step(self, **self._plan(now)[1])
+                    variant = self._plan(now)[1]
+                    self._pin()
+                    self.run_step(self, **variant)
                 now = self._look()
             speeds[window] = (sum(now["length"]) - begin) / (perf_counter() - start)
             for name, state in before.items():
@@ -652,7 +660,8 @@ class Decoder:
         given = torch.tensor([self.prompts[owner].num_given for owner in self.owners], device=self.device)
         num_new = self.length - given
         places = torch.arange(int(num_new.max()), device=self.device) + given[:, None]
-        return self.tokens.gather(1, places).where(places < self.length[:, None], self.pad_id), num_new
+        within = places.clamp(max=self.tokens.shape[1] - 1)
+        return self.tokens.gather(1, within).where(places < self.length[:, None], self.pad_id), num_new
 
     def final_ids(self) -> Tensor:
         """What is final of each row `(rows, longest)`, padded on the left."""

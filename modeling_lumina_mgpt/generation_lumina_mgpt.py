@@ -167,10 +167,13 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         call = self._begin(inputs, generation_config, batch_size=batch_size, **kwargs)
         return call.stream()
 
-    def cache_bytes(self, num_rows: int, num_tokens: int) -> int:
-        """Keys and values of so many rows, those of guidance counted apart, of so many tokens; and room for drafts."""
+    def cache_bytes(self, num_rows: int, num_tokens: int, may_compile: bool = True) -> int:
+        """Keys and values of so many rows, those of guidance counted apart, of so many tokens; and room for drafts.
+
+        Compiled steps, which a call may do without, have more room.
+        """
         config, is_compiled = self.config, self._compile_config(self.generation_config) is not None
-        num_columns = rounded_columns(num_tokens + COLUMNS, is_compiled)
+        num_columns = rounded_columns(num_tokens + COLUMNS, is_compiled and may_compile)
         head_dim = config.hidden_size // config.num_attention_heads
         num_values = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim  # of a token
         return num_rows * num_columns * num_values * self.dtype.itemsize

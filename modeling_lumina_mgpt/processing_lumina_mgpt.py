@@ -9,6 +9,7 @@ control tokens in it stay plain text, except for the placeholder.
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
@@ -304,9 +305,14 @@ class LuminaMGPTProcessor(ProcessorMixin):
     @torch.no_grad()
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """(batch, 3, height_px, width_px) in [-1, 1] -> codes (batch, rows, cols)."""
-        latents = self.vqvae.encode(pixels.to(self._vq_device, self.vqvae.dtype)).latents.movedim(1, -1).float()
-        codebook = self.vqvae.quantize.embedding.weight.float()
-        return torch.cdist(latents.flatten(0, 2), codebook).argmin(-1).view(latents.shape[:3]).cpu()
+        device, embedding = self._vq_device, self.vqvae.quantize.embedding
+        with _precise():
+            latents = self.vqvae.encode(pixels.to(device, self.vqvae.dtype)).latents.movedim(1, -1).float()
+            codebook = embedding(
+                torch.arange(embedding.num_embeddings, device=device)
+            ).float()  # brought, if offloaded
+            codes = torch.cdist(latents.flatten(0, 2), codebook).argmin(-1)
+        return codes.view(latents.shape[:3]).cpu()
 
     @torch.no_grad()
     def _decode_codes(self, codes: Tensor) -> Tensor:
@@ -353,8 +359,10 @@ class LuminaMGPTProcessor(ProcessorMixin):
 
     @property
     def _vq_device(self):
-        hook = getattr(self.vqvae, "_hf_hook", None)  # with CPU offload the weights are elsewhere until the call
-        return getattr(hook, "execution_device", None) or self.vqvae.device
+        """With CPU offload, of the whole or of each part, the weights are elsewhere until they are called."""
+        hooks = (getattr(part, "_hf_hook", None) for part in self.vqvae.modules())
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return next((device for device in devices if device is not None), self.vqvae.device)
 
     # Text and pictures -> ids
 
@@ -841,6 +849,20 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
         self.peak = max(self.peak, sum(self.sizes.values()))
         return made
+
+
+@contextmanager
+def _precise() -> Iterator[None]:
+    """In float32 a GPU would round what it multiplies to TF32, and give some places the number of a code nearby."""
+    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 def _decoded(vqvae, codes: Tensor) -> Tensor:

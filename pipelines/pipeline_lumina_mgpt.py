@@ -488,10 +488,12 @@ class LuminaMGPTPipeline(DiffusionPipeline):
     def _modules_here(self) -> list[torch.nn.Module]:
         return [part for part in self.components.values() if isinstance(part, torch.nn.Module)]
 
-    def _cache_bytes(self, num_rows: int, num_tokens: int, guidance_scales: list[float | None]) -> int:
+    def _cache_bytes(
+        self, num_rows: int, num_tokens: int, guidance_scales: list[float | None], may_compile: bool = True
+    ) -> int:
         default = getattr(self.transformer.generation_config, "guidance_scale", None)
         is_guided = any((default if scale is None else scale) != 1 for scale in guidance_scales)
-        return self.transformer.cache_bytes(num_rows * (1 + is_guided), num_tokens)
+        return self.transformer.cache_bytes(num_rows * (1 + is_guided), num_tokens, may_compile)
 
     def _check_memory(self, call: Call, num_rows: int, prompt_length: int, generate_kwargs: dict[str, Any]) -> None:
         """MemoryError, with what would fit, if the answers to a call, so many at a time, will not."""
@@ -500,8 +502,10 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         limit, device_map = generate_kwargs.get("max_new_tokens"), getattr(self.transformer, "hf_device_map", {})
         if free is None or not isinstance(limit, Integral | None) or len({*device_map.values()}) > 1:
             return  # of a model on several devices each holds a part; a wrong limit is for `generate` to refuse
-        absent = sum(_weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta"))
+        absent = {x: _weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta")}
+        decoder = absent.pop(self.transformer, 0)
         scales = generate_kwargs.get("guidance_scale", [None])
+        may_compile = not any(map(generate_kwargs.get, ("disable_compile", "logits_processor", "suppress_tokens")))
 
         def needed(num_rows: int, height: int | None, width: int | None) -> int:
             num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
@@ -509,7 +513,11 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             decoding = 0
             if height is not None and width is not None:
                 decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
-            return absent + self._cache_bytes(num_rows, prompt_length + num_tokens, scales) + decoding
+            cache = self._cache_bytes(num_rows, prompt_length + num_tokens, scales, may_compile)
+            rest = sum(absent.values()) + decoding
+            return cache + (
+                max(decoder, rest) if getattr(self, "_all_hooks", None) else decoder + rest
+            )  # offloaded, they take turns
 
         sizes = [(request.height, request.width) for request in call.requests]
         height, width = max(sizes, key=lambda size: (size[0] or 0) * (size[1] or 0))

@@ -8,7 +8,7 @@ import torch
 from test_generation import continuation, draw, prompts
 from transformers import CompileConfig
 
-from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration, decoding_lumina_mgpt
 from modeling_lumina_mgpt.decoding_lumina_mgpt import WINDOWS, Decoder
 
 
@@ -183,6 +183,7 @@ def test_a_step_is_one_graph_and_draws_the_same(model, tiny_processor, decoding)
     place = model._last_decoder.tokens.data_ptr(), model._last_decoder.cache.keys[0].data_ptr()
     assert torch.equal(draw(model, batch, [0, 1], compile_config=traced, **options), plain)
     assert place == (model._last_decoder.tokens.data_ptr(), model._last_decoder.cache.keys[0].data_ptr())
+    assert model._last_decoder.model is model._last_decoder.run_step is None  # or it would keep what keeps it
     counters = torch._dynamo.utils.counters
     assert counters["stats"]["unique_graphs"] and not counters["graph_break"], counters
 
@@ -199,3 +200,27 @@ def test_what_listeners_get_they_may_train_on(model, tiny_processor):
     kept.append(model.generate(**prompt, callback_on_step_end=lambda ids, _: kept.append(ids)))
     for ids in kept:
         model(ids).logits.sum().backward()
+
+
+def test_compiled_calls_of_any_mode_and_size_follow_each_other(model, tiny_processor, monkeypatch):
+    """A large picture's cache stays, but a small one does not read it all."""
+    columns, plan = [], Decoder._plan
+
+    def planned(self, seen):
+        columns.append(plan(self, seen)[1]["num_columns"])
+        return plan(self, seen)
+
+    monkeypatch.setattr(Decoder, "_plan", planned)
+    monkeypatch.setattr(decoding_lumina_mgpt, "COMPILED_COLUMNS", 32)
+    prompt, traced = tiny_processor("a", return_tensors="pt"), CompileConfig(backend="eager")
+    calls = [
+        {"height": px, "width": px, "max_new_tokens": most, "decoding": "ar"} for px, most in ((64, 90), (16, 12))
+    ]
+    plain = [draw(model, prompt, [0], **call) for call in calls]
+    read = []
+    for call, expected in zip(calls, plain, strict=True):
+        columns.clear()
+        with torch.inference_mode(not read):  # whose tensors others may not write to
+            assert torch.equal(draw(model, prompt, [0], compile_config=traced, **call), expected)
+        read.append(max(columns))
+    assert read[1] < read[0] == model._last_decoder.cache.num_columns

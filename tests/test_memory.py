@@ -135,7 +135,7 @@ def test_what_will_not_fit_fails_before_it_begins_and_says_what_fits(tiny_pipe, 
 
 def test_where_nothing_is_guided_nothing_is_counted_for_it(tiny_pipe, monkeypatch):
     asked, estimate = [], tiny_pipe._cache_bytes
-    monkeypatch.setattr(tiny_pipe, "_cache_bytes", lambda *call: asked.append(call[-1]) or estimate(*call))
+    monkeypatch.setattr(tiny_pipe, "_cache_bytes", lambda *call: asked.append(call[2]) or estimate(*call))
     picture = tiny_pipe("a", height=32, width=32, guidance_scale=3.0).images[0]
     tiny_pipe(image=picture, task="caption", max_new_tokens=2)  # words are not guided
     tiny_pipe.transformer.generation_config.image_to_image = {"guidance_scale": 1.0}

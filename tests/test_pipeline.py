@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import cpu_offload
 from PIL import Image
 
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, VerifierError
@@ -362,6 +363,14 @@ def test_offloaded_components_draw_the_same(tiny_pipe):
     images += [tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images for _ in range(2)]
     assert all(torch.equal(images[0], codes) for codes in images)
     assert tiny_pipe.transformer.device.type == "cpu"
+
+
+def test_components_offloaded_part_by_part_draw_the_same(tiny_pipe):
+    whole = tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images
+    for part in (tiny_pipe.transformer, tiny_pipe.vqvae):  # as `enable_sequential_cpu_offload` does it for a GPU
+        cpu_offload(part, torch.device("cpu"))
+    assert tiny_pipe.vqvae.device.type == "meta"
+    assert np.array_equal(whole, tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images)
 
 
 def test_answers_to_pictures_have_sampling_of_their_own(tiny_pipe):

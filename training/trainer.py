@@ -261,15 +261,19 @@ class LuminaMGPTTrainer(SFTTrainer):
 
     @contextmanager
     def drawable(self):
-        """Within, the model may be called by itself, not through FSDP's root, whose weights its own call gathers."""
-        sharded = isinstance(self.model, FSDPModule)
+        """Within, the model may be called by itself, not through FSDP's root, whose weights its own call gathers.
+
+        It decodes uncompiled: that would take longer than some samples, and FSDP moves what a graph is recorded with.
+        """
+        sharded, config = isinstance(self.model, FSDPModule), self.model.generation_config
+        disable_compile, config.disable_compile = config.disable_compile, True
         self.model.eval()
         if sharded:
             self.model.unshard()
         try:
             yield
         finally:
-            self.model.free_cache()  # training needs the room
+            config.disable_compile = disable_compile
             if sharded:
                 self.model.reshard()
 
