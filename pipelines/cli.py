@@ -1,6 +1,7 @@
 """The `lumina-mgpt` command: draw, edit, chat, train, evaluate, push.
 
-What only some commands need is imported when they run. What a user may have got wrong is one line on stderr and exit code 2.
+What only some commands need is imported when they run. What a user may have got wrong is one line on stderr and exit
+code 2.
 """
 
 import re
