@@ -308,9 +308,7 @@ class LuminaMGPTProcessor(ProcessorMixin):
         device, embedding = self._vq_device, self.vqvae.quantize.embedding
         with _precise():
             latents = self.vqvae.encode(pixels.to(device, self.vqvae.dtype)).latents.movedim(1, -1).float()
-            codebook = embedding(
-                torch.arange(embedding.num_embeddings, device=device)
-            ).float()  # if offloaded
+            codebook = embedding(torch.arange(embedding.num_embeddings, device=device)).float()  # if offloaded
             codes = torch.cdist(latents.flatten(0, 2), codebook).argmin(-1)
         return codes.view(latents.shape[:3]).cpu()
 

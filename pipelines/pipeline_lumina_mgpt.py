@@ -515,9 +515,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
                 decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
             cache = self._cache_bytes(num_rows, prompt_length + num_tokens, scales, may_compile)
             rest = sum(absent.values()) + decoding
-            return cache + (
-                max(decoder, rest) if getattr(self, "_all_hooks", None) else decoder + rest
-            )  # offloaded, they take turns
+            take_turns = bool(getattr(self, "_all_hooks", None))  # on the device, with `enable_model_cpu_offload`
+            return cache + (max(decoder, rest) if take_turns else decoder + rest)
 
         sizes = [(request.height, request.width) for request in call.requests]
         height, width = max(sizes, key=lambda size: (size[0] or 0) * (size[1] or 0))

@@ -213,9 +213,7 @@ def test_compiled_calls_of_any_mode_and_size_follow_each_other(model, tiny_proce
     monkeypatch.setattr(Decoder, "_plan", planned)
     monkeypatch.setattr(decoding_lumina_mgpt, "COMPILED_COLUMNS", 32)
     prompt, traced = tiny_processor("a", return_tensors="pt"), CompileConfig(backend="eager")
-    calls = [
-        {"height": px, "width": px, "max_new_tokens": most, "decoding": "ar"} for px, most in ((64, 90), (16, 12))
-    ]
+    calls = [{"height": px, "width": px, "max_new_tokens": room, "decoding": "ar"} for px, room in ((64, 90), (16, 9))]
     plain = [draw(model, prompt, [0], **call) for call in calls]
     read = []
     for call, expected in zip(calls, plain, strict=True):

@@ -420,7 +420,7 @@ def _edits(case: tuple[Plan, list[metrics.State]], pictures: list[Image.Image]) 
 
 
 def control(board: Board) -> Trials:
-    """A picture's condition is found again by the model itself: how well it does that, its maps of true pictures say."""
+    """The model itself finds a picture's condition again: how well it can, its scores for maps of pictures say."""
     found = [*board.by_condition("control", board.size, CONTROLS)]
     given, captions = [record[condition] for condition, record in found], [record["caption"] for _, record in found]
     ours, true = [a.picture for a in board.ask("control", captions, given)], [record["image"] for _, record in found]
