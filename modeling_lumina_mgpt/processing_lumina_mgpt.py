@@ -852,7 +852,8 @@ class LiveBytes(TorchDispatchMode):
 @contextmanager
 def _precise() -> Iterator[None]:
     """In float32 a GPU would round what it multiplies to TF32, and give some places the number of a code nearby."""
-    backends = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    known: Any = torch.backends
+    backends = known.cudnn.conv, known.cuda.matmul
     before = [backend.fp32_precision for backend in backends]
     try:
         for backend in backends:
