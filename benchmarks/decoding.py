@@ -1,7 +1,8 @@
 """Speed and memory of decoding: the reference's algorithm, plain decoding and both speculative ways, on equal weights.
 
     python -m benchmarks.decoding --output-dir runs/decoding
-    python -m benchmarks.decoding --device cuda      # the 7B shape in bf16 as well
+    python -m benchmarks.decoding --device cuda --only 100M
+    python -m benchmarks.decoding --device cuda --only 7B      # in bf16; with the default checkpoint's codes a step
 
 Prints tables in Markdown; a folder gets them and a plot. All ways take turns in one process, so that what else the
 machine does cancels in their ratios; times are medians over the turns. The baseline is what the reference does, on
@@ -113,16 +114,20 @@ def main() -> None:
     parser.add_argument("--num-turns", type=int, default=5, help="of the default checkpoint; the 100M model has half")
     parser.add_argument("--compiled", action="store_true", help="try compiled steps as well, which takes minutes")
     parser.add_argument("--num-pictures", type=int, default=200, help="over which memory must not grow")
+    parser.add_argument("--only", choices=("memory", *SHAPES), help="besides the default checkpoint; all if not given")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args()
+    wanted = {args.only} if args.only else {"memory", "100M"} | ({"7B"} if args.device != "cpu" else set())
     charts: list[Image.Image] = []
     codes_per_step = print_default(args, charts)
-    print_memory(args)
-    model = random_model("100M", DTYPES[args.dtype], args.device)
-    print_windows(model, codes_per_step, args)
-    charts += [print_areas(model, args), print_batches(model, args)]
-    del model
-    if args.device != "cpu":
+    if "memory" in wanted:
+        print_memory(args)
+    if "100M" in wanted:
+        model = random_model("100M", DTYPES[args.dtype], args.device)
+        print_windows(model, codes_per_step, args)
+        charts += [print_areas(model, args), print_batches(model, args)]
+        del model
+    if "7B" in wanted:
         print_large(codes_per_step, args)
     if args.output_dir:
         args.output_dir.mkdir(parents=True, exist_ok=True)
@@ -488,11 +493,9 @@ def print_large(codes_per_step: dict[str, float], args: argparse.Namespace) -> N
         floor = 1000 * bytes_a_step(model, side * (side + 1) // 2) / rate
         for way in (BASELINE, PLAIN, *SPECULATIVE):
             steps: float = num_steps(way.name, side, codes_per_step)
-            for turn in range(2):  # the first one compiles
-                if way is BASELINE:
-                    seconds, count, _, peak = part(model, way, begun(model, side, 1 / 2), seed=turn, num_steps=30)
-                else:
-                    seconds, count, _, peak = whole(model, way, [begun(model, side)], seed=turn, **SAMPLING)
+            seconds, count, _, peak = part(model, way, begun(model, side, 1 / 2), seed=0, num_steps=30)  # or compiles
+            if way is not BASELINE:
+                seconds, count, _, peak = whole(model, way, [begun(model, side)], seed=1, **SAMPLING)
             ms, bound = 1000 * seconds / count, 2 * floor if way is BASELINE else floor
             drawn = f"{seconds:.2f} | {count}" if way is not BASELINE else f"{ms * steps / 1000:.2f} | {steps:.0f}"
             say(
