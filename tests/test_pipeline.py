@@ -1,5 +1,6 @@
 """The pipeline: every task and form of output, what a call may list per row, callbacks, and what it refuses."""
 
+from copy import deepcopy
 from types import SimpleNamespace
 
 import numpy as np
@@ -354,6 +355,8 @@ def test_dtype_and_device_move_every_component(tiny_pipe, tiny_folder):
 
 
 def test_offloaded_components_draw_the_same(tiny_pipe):
+    tiny_pipe.register_modules(vqvae=deepcopy(tiny_pipe.vqvae))  # which keeps its hook
+    tiny_pipe.processor.vqvae = tiny_pipe.vqvae
     tiny_pipe.enable_model_cpu_offload()
     device = tiny_pipe._execution_device
     assert device.type == "cpu" or tiny_pipe.transformer.device.type == "cpu"
