@@ -340,11 +340,33 @@ def vq_recipe(folder, tiny_vqvae, **values):
     return train_vq.VQRecipe(str(folder), model, pictures, **values)
 
 
-def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):
-    model = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))
-    again = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))  # nothing left to do: the same weights again
-    assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
-    assert (tmp_path / "scores.json").exists()
+def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae, monkeypatch):
+    loss, steps = train_vq.reconstruction_loss, []
+
+    def interrupted(*pictures):
+        steps.append("step")
+        if steps == ["step"] * 3:
+            raise KeyboardInterrupt
+        return loss(*pictures)
+
+    def trained(name):
+        train_vq.train(vq_recipe(tmp_path / name, tiny_vqvae))
+        return torch.load(tmp_path / name / "state.pt")["model"], load_file(
+            tmp_path / name / "vqvae" / "diffusion_pytorch_model.safetensors"
+        )
+
+    whole = trained("whole")
+    monkeypatch.setattr(train_vq, "reconstruction_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained("halves")
+    for num_steps in (2, 0):  # the other half, and nothing left to do
+        steps[:] = ["resumed"]
+        again = trained("halves")
+        assert steps == ["resumed"] + ["step"] * num_steps
+        for ours, theirs in zip(again, whole, strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    scores = [json.loads((tmp_path / name / "scores.json").read_text())["scores"] for name in ("whole", "halves")]
+    assert scores[0] == scores[1] and scores[0]["codes_used"] > 0
 
 
 def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
