@@ -351,9 +351,8 @@ def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae, mon
 
     def trained(name):
         train_vq.train(vq_recipe(tmp_path / name, tiny_vqvae))
-        return torch.load(tmp_path / name / "state.pt")["model"], load_file(
-            tmp_path / name / "vqvae" / "diffusion_pytorch_model.safetensors"
-        )
+        (saved,) = (tmp_path / name / "vqvae").glob("*.safetensors")
+        return torch.load(tmp_path / name / "state.pt")["model"], load_file(saved)
 
     whole = trained("whole")
     monkeypatch.setattr(train_vq, "reconstruction_loss", interrupted)
