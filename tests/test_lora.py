@@ -13,10 +13,10 @@ import torch
 from accelerate import cpu_offload
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
-from test_remote_code import run_without_package
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, TorchAoConfig
 from typer.testing import CliRunner
 
+from helpers import run_without_package
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
