@@ -1,10 +1,12 @@
 """The command line draws and talks, and says in one line what was wrong."""
 
+import re
 import subprocess
 import sys
 from importlib.metadata import version
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from huggingface_hub import HfApi, constants
@@ -47,6 +49,16 @@ def test_generate_draws_what_the_pipeline_draws_and_shows_progress(run, tiny_pip
 def test_pictures_become_pictures_of_their_size(run, arguments):
     assert run(*arguments, "-o", "output.png").exit_code == 0
     assert Image.open("output.png").size == (64, 48)
+
+
+def test_numbers_become_an_array_and_a_box_is_said(run):
+    result = run("predict", "depth", "input.png", "-o", "depth.npy")
+    depth = np.load("depth.npy")
+    assert result.exit_code == 0 and "depth.npy (48x64)" in result.stderr
+    assert depth.shape == (48, 64) and 0 <= depth.min() < depth.max() <= 1
+    result = run("predict", "detection", "input.png", "a cube", "-o", "output.png")
+    said = r"^box \(left, top, right, bottom\): (none found|\(\d+(, \d+){3}\))$"
+    assert result.exit_code == 0 and re.search(said, result.stdout, re.MULTILINE)
 
 
 def test_chat_goes_on_until_an_empty_line(run):
@@ -120,6 +132,14 @@ def test_a_place_is_a_folder_or_may_be_a_repo(tmp_path, monkeypatch):
         folder_or_repo("runs/no--repo", "model")
     with pytest.raises(ValueError, match=r"lora '\./absent': neither a folder nor a repo"):
         folder_or_repo("./absent", "lora")
+
+
+def test_a_push_without_connection_is_one_line(tiny_folder, monkeypatch):
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    result = CliRunner().invoke(app, ["push", str(tiny_folder), "name/repo"])
+    assert result.exit_code == 2 and not result.stdout and result.stderr.count("\n") == 1
+    assert result.stderr.startswith("Error: http://127.0.0.1:9 cannot be reached: ")
 
 
 def test_the_version_is_shown():

@@ -4,9 +4,12 @@ import json
 import random
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training import evaluate as scores
 from modeling_lumina_mgpt.training.tabletop import (
     HELD_OUT,
@@ -144,3 +147,25 @@ def test_a_judge_that_fails_validation_says_so():
     table = {"single_object": {"rate": 0.5, "of": 2, "interval": scores.wilson(1, 2)}}
     report = {"scores": table, "validation": {"valid": False, "scores": table, "confusion": {}}}
     assert "WARNING" in scores.format_report(report)
+
+
+def test_the_command_scores_the_better_one_of_several(tiny_folder, tmp_path, monkeypatch):
+    def brightness(image):
+        return [scores.Detection("cube", "red", (0, 0, 1, 1), (0.0, 0.0), float(np.asarray(image).mean()))]
+
+    monkeypatch.setattr(scores, "judge", brightness)
+    monkeypatch.setattr(scores, "grade", lambda caption, detections: detections[0].ground_px)
+    reports = []
+    for best_of in ("1", "2"):
+        folder = tmp_path / best_of
+        options = ["--num-per-category", "1", "--best-of", best_of, "--output-dir", str(folder), "--size", "48x32"]
+        done = CliRunner().invoke(app, ["evaluate", *options, "--model", str(tiny_folder)])
+        assert done.exit_code == 0 and "color_attribution" in done.stdout, done.output
+        assert Image.open(folder / "contact_sheet.png").width > 8 * 48
+        reports.append(json.loads((folder / "scores.json").read_text()))
+    one, two = ([picture["seen"][0]["ground_px"] for picture in report["pictures"]] for report in reports)
+    assert all(b >= a for a, b in zip(one, two, strict=True)) and one != two
+    assert [len({picture["category"] for picture in report["pictures"]}) for report in reports] == [6, 6]
+    assert [(r["best_of"], r["width_px"], r["height_px"], r["split"]) for r in reports] == [
+        (n, 48, 32, "test") for n in (1, 2)
+    ]

@@ -745,6 +745,10 @@ COMMANDS = {
     "the best of none": ("generate a --best-of 0 --verifier tabletop", "(or equal to 1|x>=1)"),
     "the best by nobody": ("generate a --best-of 2", "best_of 2 needs a verifier"),
     "an enhancer's address alone": ("generate a --prompt-enhancer-url http://a", "http://a: name the model"),
+    "an output that is the input": (
+        "edit files/good.png a -o files/../files/good.png",
+        "good.png is the picture that is read: name another one",
+    ),
     "an absent picture": ("edit absent.png a", "absent.png"),
     "a text for a picture": ("edit files/text.png a", "text.png: not a picture"),
     "an empty picture": ("edit files/empty.png a", "empty.png: not a picture"),

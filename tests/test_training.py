@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-from modeling_lumina_mgpt.training import chain, train_vq
+from modeling_lumina_mgpt.training import chain, sft, train_vq
 from modeling_lumina_mgpt.training.folders import new_pipeline
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe, lora_config, sft_config
@@ -152,6 +152,33 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     adapted = draw()
     pipe.unload_lora_weights()
     assert not torch.equal(before, adapted) and torch.equal(before, draw())
+
+
+def test_a_recipes_settings_reach_the_steps_all_together(recipe, tmp_path, monkeypatch):
+    made = []
+
+    class Watched(sft.LuminaMGPTTrainer):
+        def __init__(self, **values):
+            super().__init__(**values)
+            made.append(self)
+
+        def _minutes_so_far(self):
+            return self.state.global_step + 1.0
+
+    monkeypatch.setattr(sft, "LuminaMGPTTrainer", Watched)
+    shares = {"context_drop": 0.2, "history_noise": 0.3, "code_renaming": {"edit": 0.5}}
+    values = {"tokenized": str(tmp_path / "data"), "pack_tokens": 500, "muon": True, "max_minutes": 2, "cooldown": 1.0}
+    run = recipe("run", tabletop(6, "text-to-image", "edit"), max_steps=9, **shares, **values)
+    train(run)
+    (trainer,) = made
+    assert trainer.state.global_step == 2 and losses(run, "learning_rate") == pytest.approx([1e-2, 5e-3])
+    assert {name: getattr(trainer.data_collator, name) for name in shares} == shares
+    assert not any(getattr(trainer.eval_collator, name) for name in shares)
+    rows = list(trainer.train_dataset)
+    assert max(len(row["records"]) for row in rows) > 1 and max(row["length"] for row in rows) <= 500
+    assert sum(len(row["records"]) for row in rows) == 12
+    assert trainer.optimizer.optimizer.parts.keys() == {"muon", "adamw"}
+    assert LuminaMGPTPipeline.from_pretrained(tmp_path / "run")("a cube").images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["muon", "share_code_rows"])
