@@ -87,30 +87,6 @@ def test_a_task_is_asked_for_in_a_talk(run):
         assert said in result.stderr
 
 
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (("generate", "a", "--size", "33x48"), "multiples of 16"),
-        (("generate", "a", "--size", "64"), "WIDTHxHEIGHT"),
-        (("generate", "a", "-o", "picture"), "such as picture.png"),
-        (("generate", "a", "-o", "picture.psd"), "such as picture.png"),
-        (
-            ("generate", "a", "--best-of", "2", "--verifier", "tabletp"),
-            "verifier 'tabletp': neither \"tabletop\", a folder",
-        ),
-        (("generate", "a", "--condition", "dept"), "'dept': accepted are depth, canny, hed, pose"),
-        (("predict", "etch", "input.png"), "'etch': accepted are text-to-image"),
-        (("evaluate", "--all", "--best-of", "2"), "--all takes neither guidance-scale nor best-of"),
-        (("edit", "absent.png", "a"), "absent.png"),
-        (("edit", "tiny/config.json", "a"), "not a picture"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_2(run, arguments, said):
-    result = run(*arguments)
-    assert result.exit_code == 2 and not result.stdout
-    assert said in result.stderr and result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
-
-
 def test_a_place_is_a_folder_or_may_be_a_repo(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -192,26 +192,6 @@ def test_callbacks_see_the_rows_drawn_so_far(model, tiny_processor):
     assert Stream.tokens == [*output[0].tolist(), -1]
 
 
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"decoding": "x"}, "'x'; accepted are 'ar', 'jacobi', 'gumbel'"),
-        ({"height": 30, "width": 32}, "30"),
-        ({"height": 32}, "both or neither"),
-        ({"height": 160, "width": 160, "max_new_tokens": 50}, "50 are left"),
-        ({"guidance_scale": [1.0, 2.0]}, "2 values for 1 prompts"),
-        ({"image_temperature": 0.0}, "image_temperature is 0.0"),
-        ({"top_p": 0.9}, "top_p=0.9"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
-        ({"nonsense": 1}, "nonsense"),
-        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
-    ],
-)
-def test_bad_arguments_are_named(model, tiny_processor, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        model.generate(**tiny_processor("a", return_tensors="pt"), **kwargs)
-
-
 def test_values_that_switch_stock_sampling_off_change_nothing(model, tiny_processor):
     inputs = tiny_processor("a", return_tensors="pt")
     options = {"seeds": [0], "max_new_tokens": 8}

@@ -493,8 +493,3 @@ def test_no_layer_is_split_over_devices(num_layers):
 def test_pixels_are_refused():
     with pytest.raises(ValueError, match="LuminaMGPTProcessor"):
         tiny_model()(random_ids(1, 3), pixel_values=torch.zeros(1, 3, 8, 8))
-
-
-def test_a_layout_with_a_wrong_key_is_refused():
-    with pytest.raises(ValueError, match="start"):
-        tiny_config(image_layout={"start": 1})

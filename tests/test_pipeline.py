@@ -303,35 +303,6 @@ def test_a_stream_yields_what_a_call_returns(tiny_pipe):
     assert same([image for _, output in streamed for image in output.images], called)
 
 
-@pytest.mark.parametrize(
-    ("call", "accepted"),
-    [
-        ({"prompt": "a", "height": 33, "width": 32}, "multiples of 16 up to 160"),
-        ({"prompt": "a", "height": 32}, "both or none"),
-        ({"prompt": "a", "height": 160, "width": 160, "max_new_tokens": 100}, "100 are left"),
-        ({"prompt": "a", "task": "etch"}, "text-to-image, complete"),
-        ({"task": "depth"}, "takes an image"),
-        ({"prompt": "a", "image": PICTURE, "task": "text-to-image"}, "takes no image"),
-        ({"prompt": "a", "image": PICTURE, "task": "depth"}, "takes no prompt"),
-        ({}, "takes a prompt"),
-        ({"prompt": ["a", "b"], "height": [32], "width": [32]}, "1 values for 2 prompts"),
-        ({"prompt": ["a", "b"], "image": [PICTURE]}, "1 values for 2 prompts"),
-        ({"prompt": ["a", "b"], "generator": [seeded()]}, "1 generators for 2 rows"),
-        ({"prompt": "a", "output_type": "jpg"}, "pil, np, pt, latent"),
-        ({"prompt": "a", "callback_on_step_end_tensor_inputs": ["logits"]}, "generated_ids"),
-        ({"prompt": "a", "eta": 0.5}, "eta"),
-        ({"prompt": "a", "best_of": 2}, "best_of 2 needs a verifier"),
-        ({"image": PICTURE, "task": "caption", "height": 32, "width": 32}, "takes no height and width: its answer is"),
-        ({"prompt": "a", "best_of": 2, "num_images_per_prompt": 3}, "3 images per prompt need at least as many"),
-        ({"prompt": "a", "num_images_per_prompt": 0}, "accepted are 1 and more"),
-        ({"prompt": "a", "prompt_enhancer": lambda prompt: ""}, "made '' of 'a'"),
-    ],
-)
-def test_what_is_impossible_is_a_value_error_that_says_what_is_accepted(tiny_pipe, call, accepted):
-    with pytest.raises(ValueError, match=accepted):
-        tiny_pipe(**call)
-
-
 def test_a_saved_folder_draws_the_same(tiny_pipe, tiny_folder):
     again = LuminaMGPTPipeline.from_pretrained(tiny_folder)
     again.set_progress_bar_config(disable=True)

@@ -118,25 +118,6 @@ def test_requested_sizes_are_forced(uni_rep):
     assert forced.tolist() == [-1, *uni_rep.header(rows, cols)[1:]]
 
 
-@pytest.mark.parametrize(
-    ("call", "complaint"),
-    [
-        (lambda rep: rep.grid(40, 32), "height 40 px: accepted are multiples of 16 up to 160"),
-        (lambda rep: rep.grid(32, 0), "width 0 px"),
-        (lambda rep: rep.grid(32, 176), "width 176 px"),
-        (lambda rep: rep.buckets(50), "target 50 px"),
-        (lambda rep: rep.buckets(512), "target 512 px: no size of that area has sides of at most 160 px"),
-        (lambda rep: rep.encode([[1, 2]] * 4, rows=2), "4 rows of codes for an image of 2 rows"),
-        (lambda rep: rep.encode([[1, 2, 3], [4, 5, 6]]), "2x3 codes: accepted sides are multiples of 2 up to 20"),
-        (lambda rep: rep.encode([[1, 64], [0, 0]]), "codes 1 to 64|codes 0 to 64"),
-        (lambda rep: rep.encode([1, 2]), r"shape \(2,\)"),
-    ],
-)
-def test_impossible_images_are_refused_with_what_is_accepted(uni_rep, call, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        call(uni_rep)
-
-
 def test_ids_follow_names_not_positions():
     names = ["IMGIMGBZ", "<eoss>", "IMGIMGAZ", "<reserved08802>", "<racm3:break>", "IMGIMGCZ", "<reserved08801>"]
     vocabulary = Vocabulary({name: i for i, name in enumerate([*names, "<reserved08799>", "<reserved08706>"])})
