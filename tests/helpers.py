@@ -1,4 +1,4 @@
-"""What several test modules share: pictures, columns, a stand-in for tokenizers, files' bytes, new interpreters."""
+"""What several test modules share: pictures, columns, a stand-in for tokenizers, drawing, files, new interpreters."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import torch
 from datasets import Features, Value
 from datasets import Image as ImageFeature
 from PIL import Image
@@ -46,6 +47,23 @@ class Vocabulary(dict):
 def random_picture(width_px: int = 64, height_px: int = 32, seed: int = 0) -> Image.Image:
     """Noise, which no other seed has."""
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), np.uint8))
+
+
+def prompts(processor) -> list:
+    """Four of several lengths, each by itself."""
+    return [
+        processor(text, return_tensors="pt") for text in ("a", "a red sphere and", "a blue", "a cube and a sphere")
+    ]
+
+
+def draw(model, inputs, seeds=None, **kwargs):
+    generator = [torch.Generator().manual_seed(s) for s in seeds] if seeds is not None else None
+    return model.generate(**inputs, generator=generator, **kwargs)
+
+
+def continuation(model, row, prompt_length) -> list[int]:
+    """The new tokens of a returned row, padding left out."""
+    return [i for i in row[prompt_length:].tolist() if i != model.config.pad_token_id]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from PIL import Image
 from published import FAMILIES, NARROW, NUM_CODES, publish
 from safetensors.torch import load_file, save_file
 
+from helpers import contents
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor
 from modeling_lumina_mgpt import convert_lumina_mgpt_checkpoint as converter
@@ -187,10 +188,6 @@ def test_the_command_converts_from_a_hub_and_knows_a_fork_from_its_original(hub,
 
 
 # Interrupted conversions
-
-
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def assert_nothing_loads(folder):

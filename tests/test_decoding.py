@@ -6,9 +6,9 @@ import weakref
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from test_generation import continuation, draw, prompts
 from transformers import CompileConfig
 
+from helpers import continuation, draw, prompts
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.decoding_lumina_mgpt import WINDOWS, Decoder
 

@@ -19,13 +19,14 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import modeling_lumina_mgpt
+from helpers import Vocabulary, random_picture
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTImageProcessor, LuminaMGPTProcessor, UniRep
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, VerifierError, cli
 
 ROOT = Path(modeling_lumina_mgpt.__file__).parent.parent
 PRODUCT = tuple(str(ROOT / name) for name in ("modeling_lumina_mgpt", "pipelines", "training"))
 STOCK_CHECKS = ("_validate_model_kwargs", "validate")  # what transformers' `generate` itself says of its arguments
-PICTURE = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
+PICTURE = random_picture(64, 48)
 NAN, INF = float("nan"), float("inf")
 IDS = torch.tensor([[0, 9, 10, 11]])
 CODES = torch.zeros(4, 4, dtype=torch.long)
@@ -57,11 +58,6 @@ class Kit:
 
     def stream(self, *args, **kwargs):
         return list(self.pipe.stream(*args, **kwargs))
-
-
-class Words(dict):
-    def get_vocab(self):
-        return self
 
 
 UNI_REP = {
@@ -113,7 +109,7 @@ UNI_REP = {
     "ids with a negative one": (lambda k: k.rep.decode([-7]), "token -7 at position 0, expected the start token"),
     "a folder for a tokenizer": (lambda k: UniRep.from_tokenizer("folder"), "tokenizer 'folder': accepted is"),
     "no tokenizer": (lambda k: UniRep.from_tokenizer(None), "tokenizer None: accepted is"),
-    "a tokenizer without codes": (lambda k: UniRep.from_tokenizer(Words()), "no token for image code 0"),
+    "a tokenizer without codes": (lambda k: UniRep.from_tokenizer(Vocabulary()), "no token for image code 0"),
     "a size unit of 0": (
         lambda k: UniRep.from_tokenizer(k.processor.tokenizer, 0),
         "size_unit_px 0: accepted are 1, 2",
@@ -893,10 +889,9 @@ def faulty_files(tmp_path_factory):
     (folder / "folder.png").mkdir()
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("a red sphere")
-    noise = Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8))
-    noise.save(folder / "good.png")
+    PICTURE.save(folder / "good.png")
     for name in ("cut.png", "cut.jpg"):
-        noise.save(folder / name)
+        PICTURE.save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:1500])
     whole = (folder / "good.png").read_bytes()
     (folder / "lying.png").write_bytes(whole[:16] + (2**31 - 1).to_bytes(4) * 2 + whole[24:])

@@ -8,10 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
+from helpers import random_picture
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, VerifierError
 from modeling_lumina_mgpt.pipelines.text_to_image_lumina_mgpt import LuminaMGPTTextToImagePipeline
 
-PICTURE = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))  # its bucket is the same size
+PICTURE = random_picture(64, 48)  # its bucket is the same size
 
 
 def seeded(seed=0):
@@ -139,7 +140,7 @@ def test_two_panels_are_drawn_or_the_second_to_a_given_first(tiny_pipe):
 
 
 def test_the_canny_condition_is_found_in_a_photo(tiny_pipe):
-    photo = Image.effect_noise((64, 32), 10).convert("RGB")
+    photo = random_picture(64, 32)
     photo.paste("black", (16, 8, 48, 24))
     edges = tiny_pipe.processor.image_processor.canny(photo)
     assert {*edges.get_flattened_data()} == {(0, 0, 0), (255, 255, 255)}

@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 from transformers import AutoProcessor, PreTrainedTokenizerFast
 
+from helpers import random_picture as picture
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTImageProcessor, LuminaMGPTProcessor
 from modeling_lumina_mgpt.image_processing_lumina_mgpt import COLOR_FIXES, Tiling
@@ -99,10 +100,6 @@ def test_pictures_are_scaled_to_the_reference_sizes(golden):
         assert scaled.size == tuple(choice["resized"])
 
 
-def picture(width_px=48, height_px=32, seed=0):
-    return Image.fromarray(np.random.default_rng(seed).integers(256, size=(height_px, width_px, 3), dtype=np.uint8))
-
-
 def test_pictures_in_a_batch_have_the_codes_that_they_have_alone(tiny_processor):
     given = torch.zeros(2, 4, dtype=torch.long)
     images = [picture(48, 32), picture(90, 31, 1), given, picture(48, 32, 2), picture(30, 100, 3)]
@@ -152,7 +149,7 @@ def test_pixels_return_rounded_or_truncated():
     assert np.asarray(truncated)[0, :, 0].tolist() == [0, 0, 127, 255, 255]
     assert np.asarray(rounded)[0, :, 0].tolist() == [0, 0, 128, 255, 255]
     exact = LuminaMGPTImageProcessor(round_pixels=True)
-    pixels = exact(picture(), [(48, 32)])["pixel_values"][0]
+    pixels = exact(picture(), [(64, 32)])["pixel_values"][0]
     assert np.array_equal(np.asarray(exact.postprocess(pixels[None])[0]), np.asarray(picture()))
 
 
@@ -207,14 +204,14 @@ def test_arrays_are_what_the_pictures_of_maps_show():
 
 @pytest.mark.parametrize("size", [(40, 20), (64, 64), (65, 64), (200, 130), (300, 20)])
 def test_tiles_cover_a_picture_and_give_it_back(size):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8))
-    tiling = Tiling(picture, side_px=64)
+    whole = picture(*size)
+    tiling = Tiling(whole, side_px=64)
     tiles = tiling.cut()
     assert {tile.size for tile in tiles} == {(64, 64)} and (len(tiles) == 1) == (max(size) <= 64)
     merged = tiling.merge(tiles)
     assert merged.width / merged.height == size[0] / size[1] and max(merged.size) == max(64, *size)
     if min(size) >= 64:
-        assert np.abs(np.array(merged).astype(int) - np.array(picture)).max() <= 1
+        assert np.abs(np.array(merged).astype(int) - np.array(whole)).max() <= 1
 
 
 def test_random_crops_follow_their_generator(tiny_processor):

@@ -8,19 +8,17 @@ from multiprocessing import get_context
 from pathlib import Path
 from socket import gethostname
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value, load_dataset
-from PIL import Image as PILImage
+from datasets import Dataset, load_dataset
 from typer.testing import CliRunner
 
+from helpers import CAPTIONED, contents, random_picture
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training import tokenize_dataset
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.tokenize_dataset import load_tokenized, tokenize
 
-FEATURES = Features({"image": Image(), "caption": Value("string")})
 MAX_LENGTH = 500
 
 
@@ -34,10 +32,10 @@ def small_shards(monkeypatch):
 def saved(tmp_path_factory):
     """Twenty-two records of two sizes."""
     sizes = [(64, 64), (96, 48)]
-    pixels = [np.random.default_rng(i).integers(0, 256, (*sizes[i % 2][::-1], 3), np.uint8) for i in range(22)]
-    values = {"image": [PILImage.fromarray(x) for x in pixels], "caption": [f"sphere {i}" for i in range(22)]}
+    pictures = [random_picture(*sizes[i % 2], i) for i in range(22)]
+    values = {"image": pictures, "caption": [f"sphere {i}" for i in range(22)]}
     folder = tmp_path_factory.mktemp("data") / "saved"
-    Dataset.from_dict(values, features=FEATURES).save_to_disk(str(folder))
+    Dataset.from_dict(values, features=CAPTIONED).save_to_disk(str(folder))
     return str(folder)
 
 
@@ -47,11 +45,6 @@ def mixture(saved, **fields):
         {"task": "caption", "path": saved, "num_records": 8},
     ]
     return Mixture(64, sources, **fields)
-
-
-def contents(folder):
-    """Bytes of all files by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_records_are_those_from_images(tiny_processor, saved, tmp_path):

@@ -14,7 +14,6 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 from modeling_lumina_mgpt.training import chain, sft, train_vq
@@ -47,23 +46,14 @@ def tabletop(num_records, *tasks):
 
 
 @pytest.fixture
-def start(tmp_path, tiny_config, tiny_processor, tiny_vqvae):
-    """A folder with an untrained model."""
-    torch.manual_seed(0)
-    model = LuminaMGPTForConditionalGeneration(tiny_config())
-    LuminaMGPTPipeline(model, tiny_vqvae, tiny_processor).save_pretrained(tmp_path / "start")
-    return str(tmp_path / "start")
-
-
-@pytest.fixture
-def recipe(start, tmp_path):
+def recipe(tiny_folder, tmp_path):
     """Makes recipes: `recipe("name", max_steps=3, lora={"r": 4})`."""
 
     def make(name, mixture=None, **values):
         sft = SFT_VALUES | {name: values.pop(name) for name in [*values] if name not in SFTRecipe.__dataclass_fields__}
         mixture = mixture or tabletop(4, "text-to-image", "caption")
         return SFTRecipe(
-            **{"output_dir": str(tmp_path / name), "mixture": mixture, "sft": sft, "model": start, **values}
+            **{"output_dir": str(tmp_path / name), "mixture": mixture, "sft": sft, "model": str(tiny_folder), **values}
         )
 
     return make
@@ -128,7 +118,7 @@ def test_a_stream_resumes_bit_for_bit(recipe, tmp_path):
     assert all(torch.equal(weight, halves[name]) for name, weight in whole.items())
 
 
-def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, start, tmp_path):
+def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, tiny_folder, tmp_path):
     values = {"lora": {"r": 4, "lora_alpha": 8}, "max_steps": 4}
     train(recipe("whole", **values))
     train(recipe("halves", **{**values, "max_steps": 2}))
@@ -141,7 +131,7 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     # q, k, v, o of 32 x 32; gate, up, down of 32 x 48; in two layers
     assert sum(tensor.numel() for tensor in found.values()) == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     assert not [*(tmp_path / "whole").glob("*.bin")]
-    pipe = LuminaMGPTPipeline.from_pretrained(start)
+    pipe = LuminaMGPTPipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
@@ -216,8 +206,8 @@ def test_evaluation_is_of_held_out_scenes_by_task(recipe, tmp_path):
     assert len(losses(made, "eval_loss")) == 2
 
 
-def test_samples_are_drawn_while_training(recipe, start, tmp_path):
-    processor = json.loads((path := Path(start) / "processor_config.json").read_text())
+def test_samples_are_drawn_while_training(recipe, tiny_folder, tmp_path):
+    processor = json.loads((path := tiny_folder / "processor_config.json").read_text())
     path.write_text(json.dumps({**processor, "trained_tasks": ["caption"]}))
     samples = {"steps": 1, "prompts": ["a cube", "a red cone"]}
     with pytest.raises(ValueError, match="text-to-image': this checkpoint was trained for caption"):
@@ -230,15 +220,15 @@ def test_samples_are_drawn_while_training(recipe, start, tmp_path):
     assert losses(made) == losses(undisturbed)
 
 
-def test_a_shape_like_anothers_with_new_weights(recipe, start, tmp_path):
-    shape = {"like": start, "config": {"num_hidden_layers": 1}}
+def test_a_shape_like_anothers_with_new_weights(recipe, tiny_folder, tmp_path):
+    shape = {"like": str(tiny_folder), "config": {"num_hidden_layers": 1}}
     made = recipe("new", model=None, from_scratch=shape, share_code_rows=True, max_steps=1)
     train(made)
     pipe = LuminaMGPTPipeline.from_pretrained(tmp_path / "new")
     assert len(pipe.transformer.model.layers) == 1
     assert (
         pipe.processor.tokenizer.get_vocab()
-        == LuminaMGPTPipeline.from_pretrained(start).processor.tokenizer.get_vocab()
+        == LuminaMGPTPipeline.from_pretrained(tiny_folder).processor.tokenizer.get_vocab()
     )
 
 
@@ -410,9 +400,9 @@ def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
 
 
 @pytest.fixture
-def chained(recipe, start, tmp_path, monkeypatch):
+def chained(recipe, tiny_folder, tmp_path, monkeypatch):
     """Runs a chain of two stages, each with half of the minutes; gives what was trained and scored."""
-    for name, model in (("first", start), ("second", str(tmp_path / "first"))):
+    for name, model in (("first", str(tiny_folder)), ("second", str(tmp_path / "first"))):
         stage = recipe(name, model=model, max_steps=1)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asdict(stage)))
     done = []

@@ -1,25 +1,18 @@
 """An image's layout can be written, read and enforced, and ids come from names alone."""
 
 import json
-import lzma
-from pathlib import Path
 
 import pytest
 import torch
+from golden_weights import PUBLISHED_LAYOUT, load_golden_xz
 
+from helpers import Vocabulary
 from modeling_lumina_mgpt import UniRep
 from modeling_lumina_mgpt.uni_rep import ImageLayout
 
-GOLDEN_FILE = Path(__file__).parent / "golden" / "sequences.json.xz"
-GOLDEN = json.loads(lzma.decompress(GOLDEN_FILE.read_bytes()))["lumina_mgpt"]
-PUBLISHED = ImageLayout(8197, 8196, 8803, 8710, list(range(8805, 8933)), [[4, 8196]], 32, 2)
+GOLDEN = load_golden_xz("sequences")["lumina_mgpt"]
 GRIDS = [(2 * rows, 2 * cols) for rows in range(1, 6) for cols in range(1, 6)]
 VOCAB_SIZE = 400
-
-
-class Vocabulary(dict):
-    def get_vocab(self):
-        return self
 
 
 @pytest.fixture
@@ -33,13 +26,13 @@ def codes_of(rows, cols):
 
 def test_buckets_are_the_reference_lists():
     for target_px, sizes in GOLDEN["crop_lists"].items():
-        assert PUBLISHED.buckets(int(target_px)) == [tuple(size) for size in sizes]
+        assert PUBLISHED_LAYOUT.buckets(int(target_px)) == [tuple(size) for size in sizes]
 
 
 def test_best_bucket_is_the_reference_choice():
     for choice in GOLDEN["crop_choices"]:
         width_px, height_px = choice["size"]
-        assert PUBLISHED.best_bucket(width_px, height_px, choice["target"]) == tuple(choice["bucket"])
+        assert PUBLISHED_LAYOUT.best_bucket(width_px, height_px, choice["target"]) == tuple(choice["bucket"])
 
 
 @pytest.mark.parametrize(("rows", "cols"), GRIDS)
