@@ -222,7 +222,10 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(moment, sourc
     processes.set_forkserver_preload([converter.__name__])
     child = processes.Process(target=convert_until, args=(moment, source, tmp_path / "out"))
     child.start()
-    child.join()
+    child.join(120)
+    if child.is_alive():
+        child.kill()
+        raise AssertionError(f"{moment} was not reached")
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert_nothing_loads(tmp_path / "out.part")

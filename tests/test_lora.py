@@ -47,8 +47,8 @@ def train(tiny_folder, tmp_path):
     def make(name="lora", seed=1, **values):
         model = LuminaMGPTForConditionalGeneration.from_pretrained(tiny_folder)
         values = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]} | values
-        model = peft.get_peft_model(model, peft.LoraConfig(**values))
         torch.manual_seed(seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(**values))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn_like(parameter)

@@ -349,6 +349,7 @@ ADAPTERS = {
 @pytest.mark.parametrize("adapter", ADAPTERS.values(), ids=ADAPTERS)
 def test_adapters_train_on_the_same_loss(adapter):
     config = LoraConfig(r=4, init_lora_weights=False, **adapter)
+    torch.manual_seed(0)
     model = get_peft_model(tiny_model(z_loss_weight=Z_LOSS_WEIGHT), config).train()
     ids = random_ids(3, LENGTH)
     labels = some_labels(ids)
