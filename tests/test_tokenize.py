@@ -129,7 +129,7 @@ def test_a_killed_run_goes_on_where_it_was(tiny_processor, saved, tmp_path, num_
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.02)
     made = {path: path.stat().st_mtime_ns for path in (out / "data").glob("*.parquet")}
-    assert 6 // 2 - (num_proc - 1) <= len(made) <= 6 // 2  # a shard is two batches; each process was in one
+    assert 4 - num_proc <= len(made) <= 3  # of two batches each; every process may have been in another one
     last = max((tmp_path / "whole" / "data").iterdir()).name
     (out / "data" / f".{last}.{gethostname()}.{run.pid}.part").write_bytes(b"what a kill while writing leaves")
     tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
