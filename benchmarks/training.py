@@ -58,8 +58,9 @@ def main() -> None:
     parser.add_argument("--loss-sizes", type=int, nargs=3, metavar=names, default=(65536, 4096, 1024))
     args = parser.parse_args()
     print_losses(args)
-    print_trainers(args)
-    print_ways(args)
+    with tempfile.TemporaryDirectory() as args.output_dir:
+        print_trainers(args)
+        print_ways(args)
 
 
 # The loss alone
@@ -196,7 +197,7 @@ def common_arguments(model, args: argparse.Namespace, **values) -> dict:
     labels[:, : args.length // 4] = IGNORED_LABEL
     rows = {"input_ids": ids.tolist(), "labels": labels.tolist(), "task": ["text-to-image"] * len(ids)}
     arguments = SFTConfig(
-        output_dir=tempfile.gettempdir(),
+        output_dir=args.output_dir,
         max_length=None,
         dataset_kwargs={"skip_prepare_dataset": True},
         loss_type="nll",

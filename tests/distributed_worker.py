@@ -1,6 +1,9 @@
 """One process of tests/test_distributed.py: trains tiny models, alone or with others, and keeps what came out.
 
-torchrun --nproc_per_node 2 tests/distributed_worker.py START OUT full lora resumed
+torchrun --standalone --nproc_per_node 2 tests/distributed_worker.py START OUT ENVIRONMENT ddp-full fsdp-lora-resumed
+
+START is a model's folder, ENVIRONMENT what FSDP needs of it, as JSON; each name says what a run has: "ddp" or "fsdp",
+"lora", "bf16", "-resumed" from the second step of the run of the same name without that.
 """
 
 import json

@@ -10,8 +10,19 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration
+from modeling_lumina_mgpt.uni_rep import ImageLayout
 
 GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED_LAYOUT = ImageLayout(  # of Lumina-mGPT
+    start_id=8197,
+    end_id=8196,
+    end_of_line_id=8803,
+    end_of_turn_id=8710,
+    size_ids=list(range(8805, 8933)),
+    code_id_ranges=[[4, 8196]],
+    size_unit_px=32,
+    codes_per_size_unit=2,
+)
 
 
 def load_golden(name: str):

@@ -218,13 +218,12 @@ class HubHandler(BaseHTTPRequestHandler):
                 entries[path] = {"type": "file", "path": path, "oid": file.oid, "size": len(file.data), **lfs}
         return list(entries.values())
 
-    def create_ref(self, repo_id: str, revision: str = "", branch: str = "") -> Any:
+    def create_tag(self, repo_id: str, revision: str) -> Any:
         repo = self.repo(repo_id)
-        wanted = json.loads(self.body)
-        name = branch or wanted["tag"]
+        name = json.loads(self.body)["tag"]
         if name in repo.refs:
             raise HubError(409, "RefExists")
-        repo.refs[name] = repo.resolve(revision or wanted.get("startingPoint", "main"))
+        repo.refs[name] = repo.resolve(revision)
         return {}
 
     def download(self, repo_id: str, revision: str, path: str) -> None:
@@ -244,8 +243,7 @@ ROUTES: list[tuple[str, str, Callable[..., Any]]] = [
     ("POST", "/api/validate-yaml", HubHandler.validate_yaml),
     ("POST", f"{MODEL}/preupload/{REVISION}", HubHandler.preupload),
     ("POST", f"{MODEL}/commit/(?P<branch>[^/]+)", HubHandler.commit),
-    ("POST", f"{MODEL}/tag/{REVISION}", HubHandler.create_ref),
-    ("POST", f"{MODEL}/branch/(?P<branch>[^/]+)", HubHandler.create_ref),
+    ("POST", f"{MODEL}/tag/{REVISION}", HubHandler.create_tag),
     ("GET", MODEL, HubHandler.info),
     ("GET", f"{MODEL}/revision/{REVISION}", HubHandler.info),
     ("GET", f"{MODEL}/tree/{REVISION}/?(?P<folder>.*)", HubHandler.tree),

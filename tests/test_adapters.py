@@ -521,7 +521,6 @@ def halves(picture):
 @pytest.mark.parametrize("task", ["pair", "panel"])
 def test_panels_from_edges(encode, task):
     # jackyhate/text-to-image-2M, as OminiControl makes edges of it
-    pytest.importorskip("cv2")
     features = {"jpg": PICTURE, "json": {"prompt": TEXT}}
     record = {"jpg": noise(90, 40), "json": {"prompt": "a cat"}}
     columns = {"image": "jpg", "caption": "json.prompt"}

@@ -18,6 +18,7 @@ from PIL import Image
 from published import FAMILIES, NARROW, NUM_CODES, publish
 from safetensors.torch import load_file, save_file
 
+from helpers import contents
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTForConditionalGeneration, LuminaMGPTProcessor
 from modeling_lumina_mgpt import convert_lumina_mgpt_checkpoint as converter
@@ -189,10 +190,6 @@ def test_the_command_converts_from_a_hub_and_knows_a_fork_from_its_original(hub,
 # Interrupted conversions
 
 
-def contents(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 def assert_nothing_loads(folder):
     for loader in (LuminaMGPTForConditionalGeneration, LuminaMGPTPipeline):
         with pytest.raises((OSError, ValueError)):
@@ -225,7 +222,10 @@ def test_a_killed_conversion_leaves_nothing_that_loads_and_goes_on(moment, sourc
     processes.set_forkserver_preload([converter.__name__])
     child = processes.Process(target=convert_until, args=(moment, source, tmp_path / "out"))
     child.start()
-    child.join()
+    child.join(120)
+    if child.is_alive():
+        child.kill()
+        raise AssertionError(f"{moment} was not reached")
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "out").exists()
     assert_nothing_loads(tmp_path / "out.part")

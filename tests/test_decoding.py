@@ -5,9 +5,10 @@ import weakref
 
 import pytest
 import torch
-from test_generation import continuation, draw, prompts
+from peft import LoraConfig, get_peft_model
 from transformers import CompileConfig
 
+from helpers import continuation, draw, prompts
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration, decoding_lumina_mgpt
 from modeling_lumina_mgpt.decoding_lumina_mgpt import WINDOWS, Decoder
 
@@ -128,12 +129,24 @@ def test_a_callback_ends_all_rows_and_those_that_wait(model, tiny_processor):
     assert sorted(outputs) == [0, 1] and seen == [(2, 1), (2, 2), (2, 3), (2, 5)]
 
 
-def test_an_adapted_head_draws_the_same(model, tiny_processor):
+def test_a_head_with_a_hook_draws_the_same(model, tiny_processor):
     """A head that is not a plain matrix is called whole."""
     prompt = tiny_processor("a", height=32, width=32, return_tensors="pt")
     plain = draw(model, prompt, [0])
     model.lm_head._hf_hook = None  # as an offloaded one has
     assert torch.equal(draw(model, prompt, [0]), plain)
+
+
+@pytest.mark.parametrize("decoding", ["ar", "gumbel"])
+def test_an_adapted_head_draws_what_the_merged_one_does(model, tiny_processor, decoding):
+    prompt = tiny_processor(["a", "a red sphere"], height=32, width=32, return_tensors="pt")
+    options = {"decoding": decoding, "eos_token_id": tiny_processor.uni_rep.end_id}
+    plain = draw(model, prompt, [0, 1], **options)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["lm_head"], init_lora_weights=False))
+    found = draw(model, prompt, [0, 1], **options)
+    assert not torch.equal(found, plain)
+    assert torch.equal(found, draw(adapted.merge_and_unload(), prompt, [0, 1], **options))
 
 
 @pytest.mark.parametrize("implementation", ["eager", "flash_attention_2"])

@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import socket
 import subprocess
 import sys
 from importlib.resources import files
@@ -65,10 +64,7 @@ def test_configurations_say_what_accelerate_reads(monkeypatch, name, options, ex
 
 def launch(num_processes: int, *arguments: str) -> None:
     """Runs tests/distributed_worker.py."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", str(num_processes), "--master_port", port]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(num_processes)]
     command = [sys.executable, *torchrun, str(Path(__file__).with_name("distributed_worker.py")), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)

@@ -7,7 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training import evaluate as scores
 from modeling_lumina_mgpt.training.tabletop import (
     HELD_OUT,
@@ -51,7 +53,7 @@ def test_touching_objects_of_one_color_are_told_apart():
     assert seen(picture(("sphere", "green", -0.5, 6.0), ("sphere", "green", 0.8, 7.4))) == [("sphere", "green")] * 2
 
 
-def test_an_empty_or_monochrome_picture_has_no_object():
+def test_a_gray_picture_has_no_object():
     assert scores.judge(Image.new("RGB", (80, 48), (150, 150, 150))) == []
 
 
@@ -118,8 +120,18 @@ def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):
     def draw(sentences, seeds):
         return [rendered[key] for key in zip(sentences, seeds, strict=True)]
 
-    def draw_noise(sentences, seeds):
-        return [Image.fromarray(np.random.default_rng(s).integers(0, 256, (64, 64, 3), np.uint8)) for s in seeds]
+    def lacks(scene, caption):
+        """Whether the scene has none of something that the sentence names, or another number of it than it counts."""
+        for number, shape, color, _ in caption.mentions:
+            found = sum(shape in (None, o.shape) and color in (None, o.color) for o in scene.objects)
+            if not found or (number > 1 and found != number):
+                return True
+        return False
+
+    def draw_shuffled(sentences, seeds):
+        """Of each sentence, the render of another one that does not hold what it names."""
+        captions = [{e.caption.text: e.caption for e in examples}[sentence] for sentence in sentences]
+        return [next(rendered[e.caption.text, e.seed] for e in examples if lacks(e.scene, c)) for c in captions]
 
     report, images = scores.evaluate(draw, 4, 64, 64)
     assert report["scores"]["overall"]["rate"] >= 0.95
@@ -127,11 +139,33 @@ def test_true_renders_pass_and_shuffled_ones_fail(tmp_path):
     assert json.loads(json.dumps(report))["scores"]["overall"]["of"] == 24
     assert report["scores"]["new combinations"]["of"] == 12
     assert scores.contact_sheet(report["pictures"], images).width > 8 * 64
-    noise, _ = scores.evaluate(draw_noise, 1, 64, 64)
-    assert noise["scores"]["overall"]["rate"] == 0
+    shuffled, _ = scores.evaluate(draw_shuffled, 4, 64, 64)
+    assert shuffled["scores"]["overall"]["rate"] == 0
 
 
 def test_a_judge_that_fails_validation_says_so():
     table = {"single_object": {"rate": 0.5, "of": 2, "interval": scores.wilson(1, 2)}}
     report = {"scores": table, "validation": {"valid": False, "scores": table, "confusion": {}}}
     assert "WARNING" in scores.format_report(report)
+
+
+def test_the_command_scores_the_better_one_of_several(tiny_folder, tmp_path, monkeypatch):
+    def brightness(image):
+        return [scores.Detection("cube", "red", (0, 0, 1, 1), (0.0, 0.0), float(np.asarray(image).mean()))]
+
+    monkeypatch.setattr(scores, "judge", brightness)
+    monkeypatch.setattr(scores, "grade", lambda caption, detections: detections[0].ground_px)
+    reports = []
+    for best_of in ("1", "2"):
+        folder = tmp_path / best_of
+        options = ["--num-per-category", "1", "--best-of", best_of, "--output-dir", str(folder), "--size", "48x32"]
+        done = CliRunner().invoke(app, ["evaluate", *options, "--model", str(tiny_folder)])
+        assert done.exit_code == 0 and "color_attribution" in done.stdout, done.output
+        assert Image.open(folder / "contact_sheet.png").width > 8 * 48
+        reports.append(json.loads((folder / "scores.json").read_text()))
+    one, two = ([picture["seen"][0]["ground_px"] for picture in report["pictures"]] for report in reports)
+    assert all(b >= a for a, b in zip(one, two, strict=True)) and one != two
+    assert [len({picture["category"] for picture in report["pictures"]}) for report in reports] == [6, 6]
+    assert [(r["best_of"], r["width_px"], r["height_px"], r["split"]) for r in reports] == [
+        (n, 48, 32, "test") for n in (1, 2)
+    ]

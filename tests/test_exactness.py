@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from PIL import Image
 from scipy.stats import chi2
 from toy_law import KINDS, broken, chi_squared, draw, joint_law, toy_model
 
+from helpers import random_picture
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 
 NUM_SAMPLES = 1200  # of each of the four kinds of rows
 UNLIKELY = 1e-8  # the law itself is rejected less often than once in a million runs of all these tests
 JACOBI = {"decoding": "jacobi", "window": 4, "draft": "uniform"}
-PICTURE = Image.effect_noise((64, 32), 60).convert("RGB")
+PICTURE = random_picture(64, 32)
 
 
 @pytest.fixture(scope="module")

@@ -2,23 +2,14 @@
 
 import pytest
 import torch
-from golden_weights import build_golden_decoder, golden_tokenizer, load_golden
+from golden_weights import PUBLISHED_LAYOUT, build_golden_decoder, golden_tokenizer, load_golden
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from helpers import continuation, draw, prompts
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.decoding_lumina_mgpt import entropy_top_k, gumbel_noise
 from modeling_lumina_mgpt.uni_rep import ImageLayout, UniRep
 
-CHAMELEON_LAYOUT = ImageLayout(
-    start_id=8197,
-    end_id=8196,
-    end_of_line_id=8803,
-    end_of_turn_id=8710,
-    size_ids=list(range(8805, 8869)),
-    code_id_ranges=[[4, 8196]],
-    size_unit_px=32,
-    codes_per_size_unit=2,
-)
 SEEDS = range(4)
 
 
@@ -39,32 +30,16 @@ def layout(model):
     return ImageLayout(**model.config.image_layout)
 
 
-def prompts(processor):
-    return [
-        processor(text, return_tensors="pt") for text in ("a", "a red sphere and", "a blue", "a cube and a sphere")
-    ]
-
-
-def draw(model, inputs, seeds=None, **kwargs):
-    generator = [torch.Generator().manual_seed(s) for s in seeds] if seeds is not None else None
-    return model.generate(**inputs, generator=generator, **kwargs)
-
-
-def continuation(model, row, prompt_length):
-    """The new tokens of a returned row, padding left out."""
-    return [i for i in row[prompt_length:].tolist() if i != model.config.pad_token_id]
-
-
 @pytest.mark.parametrize("decoding", ["ar", "jacobi", "gumbel"])
 @pytest.mark.parametrize("index", [0, 1])
 def test_greedy_tokens_are_the_references(golden, index, decoding):
-    model = build_golden_decoder(golden[index], image_layout=CHAMELEON_LAYOUT.layout_dict())
+    model = build_golden_decoder(golden[index], image_layout=PUBLISHED_LAYOUT.layout_dict())
     for record in golden[index]["greedy"]:
         output = model.generate(
             torch.tensor([record["prompt_ids"]]),
             guidance_scale=record["cfg"],
             do_sample=False,
-            eos_token_id=CHAMELEON_LAYOUT.end_id,
+            eos_token_id=PUBLISHED_LAYOUT.end_id,
             decoding=decoding,
             window=6,
         )
@@ -190,26 +165,6 @@ def test_callbacks_see_the_rows_drawn_so_far(model, tiny_processor):
     output = model.generate(**prompt, stopping_criteria=StoppingCriteriaList([Watch()]), streamer=Stream())
     assert seen == [0] * 3 + [1] * 4 + [2] * 4 + [3]  # an end-of-line comes with the code before it
     assert Stream.tokens == [*output[0].tolist(), -1]
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"decoding": "x"}, "'x'; accepted are 'ar', 'jacobi', 'gumbel'"),
-        ({"height": 30, "width": 32}, "30"),
-        ({"height": 32}, "both or neither"),
-        ({"height": 160, "width": 160, "max_new_tokens": 50}, "50 are left"),
-        ({"guidance_scale": [1.0, 2.0]}, "2 values for 1 prompts"),
-        ({"image_temperature": 0.0}, "image_temperature is 0.0"),
-        ({"top_p": 0.9}, "top_p=0.9"),
-        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 rows"),
-        ({"nonsense": 1}, "nonsense"),
-        ({"generation_config": GenerationConfig(num_beams=2)}, "num_beams=2"),
-    ],
-)
-def test_bad_arguments_are_named(model, tiny_processor, kwargs, message):
-    with pytest.raises(ValueError, match=message):
-        model.generate(**tiny_processor("a", return_tensors="pt"), **kwargs)
 
 
 def test_values_that_switch_stock_sampling_off_change_nothing(model, tiny_processor):

@@ -1,8 +1,8 @@
 """Models go to a Hub and come back by repo, by revision and offline, with the package and without it."""
 
 import pytest
-from test_remote_code import WITHOUT_PACKAGE
 
+from helpers import WITHOUT_PACKAGE
 from hub_server import run_python
 from modeling_lumina_mgpt.checkpoints import link_code
 

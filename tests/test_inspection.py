@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
+from helpers import random_picture
 from modeling_lumina_mgpt.decoding_lumina_mgpt import entropy
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.pipelines.inspection import (
@@ -44,7 +45,7 @@ def test_each_entropy_is_that_of_the_law_its_own_code_was_drawn_from(tiny_pipe):
 
 def test_pictures_of_every_task_are_watched_where_they_were_drawn(tiny_pipe):
     """What was given left no choice; of an edit the picture that was drawn counts, not the one it was made of."""
-    picture = Image.effect_noise((64, 32), 60).convert("RGB")
+    picture = random_picture(64, 32)
     begun = watch(tiny_pipe, "a", image=picture, task="complete", height=64, width=64)
     assert (begun.entropy[:4] == 0).all() and (begun.entropy[4:] > 0).all()
     with pytest.raises(ValueError, match="this drew none, or panels"):

@@ -13,10 +13,10 @@ import torch
 from accelerate import cpu_offload
 from diffusers.quantizers import PipelineQuantizationConfig
 from safetensors.torch import load_file, save_file
-from test_remote_code import run_without_package
 from transformers import AutoModelForMultimodalLM, BitsAndBytesConfig, TorchAoConfig
 from typer.testing import CliRunner
 
+from helpers import run_without_package
 from hub_server import run_python
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
@@ -47,8 +47,8 @@ def train(tiny_folder, tmp_path):
     def make(name="lora", seed=1, **values):
         model = LuminaMGPTForConditionalGeneration.from_pretrained(tiny_folder)
         values = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1, "target_modules": ["q_proj", "v_proj"]} | values
-        model = peft.get_peft_model(model, peft.LoraConfig(**values))
         torch.manual_seed(seed)
+        model = peft.get_peft_model(model, peft.LoraConfig(**values))
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data += 0.02 * torch.randn_like(parameter)

@@ -19,13 +19,14 @@ from transformers import GenerationConfig
 from typer.testing import CliRunner
 
 import modeling_lumina_mgpt
+from helpers import Vocabulary, random_picture
 from modeling_lumina_mgpt import LuminaMGPTConfig, LuminaMGPTImageProcessor, LuminaMGPTProcessor, UniRep
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, VerifierError, cli
 
 ROOT = Path(modeling_lumina_mgpt.__file__).parent.parent
 PRODUCT = tuple(str(ROOT / name) for name in ("modeling_lumina_mgpt", "pipelines", "training"))
 STOCK_CHECKS = ("_validate_model_kwargs", "validate")  # what transformers' `generate` itself says of its arguments
-PICTURE = Image.fromarray(np.arange(48 * 64 * 3, dtype=np.uint8).reshape(48, 64, 3))
+PICTURE = random_picture(64, 48)
 NAN, INF = float("nan"), float("inf")
 IDS = torch.tensor([[0, 9, 10, 11]])
 CODES = torch.zeros(4, 4, dtype=torch.long)
@@ -59,17 +60,14 @@ class Kit:
         return list(self.pipe.stream(*args, **kwargs))
 
 
-class Words(dict):
-    def get_vocab(self):
-        return self
-
-
 UNI_REP = {
     "a height between two sizes": (
         lambda k: k.rep.grid(33, 32),
         "height 33 px: accepted are multiples of 16 up to 160",
     ),
     "a negative width": (lambda k: k.rep.grid(32, -16), "width -16 px: accepted are multiples of 16"),
+    "a width of zero": (lambda k: k.rep.grid(32, 0), "width 0 px: accepted are multiples of 16"),
+    "a width above the largest": (lambda k: k.rep.grid(32, 176), "width 176 px: accepted are multiples of 16 up to"),
     "a height as text": (lambda k: k.rep.grid("32", 32), "height '32' px: accepted are multiples"),
     "a float width": (lambda k: k.rep.grid(32, 32.0), r"width 32\.0 px: accepted are multiples"),
     "a width that is nan": (lambda k: k.rep.grid(32, NAN), "width nan px: accepted are multiples"),
@@ -78,6 +76,11 @@ UNI_REP = {
     "a huge height": (lambda k: k.rep.grid(16 * 10**9, 32), "height 16000000000 px.*up to 160"),
     "a target as text": (lambda k: k.rep.buckets("64"), "target '64' px: accepted are multiples of 16"),
     "a target of 0": (lambda k: k.rep.buckets(0), "target 0 px: accepted are multiples of 16"),
+    "a target between two sizes": (lambda k: k.rep.buckets(50), "target 50 px: accepted are multiples of 16"),
+    "a target above the largest": (
+        lambda k: k.rep.buckets(512),
+        "target 512 px: no size of that area has sides of at most 160 px",
+    ),
     "float codes": (lambda k: k.rep.encode(torch.rand(4, 4)), "codes of torch.float32: accepted are whole numbers"),
     "boolean codes": (lambda k: k.rep.encode(CODES.bool()), "codes of torch.bool: accepted are whole numbers"),
     "codes as text": (lambda k: k.rep.encode("codes"), "codes 'codes': accepted are whole numbers"),
@@ -85,10 +88,17 @@ UNI_REP = {
     "a single code": (lambda k: k.rep.encode(3), r"codes of shape \(\): accepted is \(rows, cols\)"),
     "a batch of codes": (lambda k: k.rep.encode(CODES[None]), r"codes of shape \(1, 4, 4\)"),
     "no codes": (lambda k: k.rep.encode([[]]), r"codes of shape \(1, 0\): accepted is \(rows, cols\)"),
+    "a row of codes": (lambda k: k.rep.encode([1, 2]), r"codes of shape \(2,\): accepted is \(rows, cols\)"),
+    "an odd width of codes": (
+        lambda k: k.rep.encode([[1, 2, 3], [4, 5, 6]]),
+        "2x3 codes: accepted sides are multiples of 2 up to 20",
+    ),
+    "a code too large": (lambda k: k.rep.encode([[1, 64], [0, 0]]), "codes 0 to 64: accepted are 0 to 63"),
     "a negative code": (lambda k: k.rep.encode(CODES - 1), "codes -1 to -1: accepted are 0 to 63"),
     "a huge code": (lambda k: k.rep.encode([[10**30, 0]] * 2), "codes .*: accepted are whole numbers"),
     "rows as text": (lambda k: k.rep.encode(CODES, rows="8"), "4 rows of codes for an image of '8' rows"),
     "zero rows": (lambda k: k.rep.encode(CODES, rows=0), "4 rows of codes for an image of 0 rows"),
+    "fewer rows than there are": (lambda k: k.rep.encode(CODES, rows=2), "4 rows of codes for an image of 2 rows"),
     "ids of text": (lambda k: k.rep.decode("ids"), "ids 'ids': accepted are whole numbers"),
     "float ids": (lambda k: k.rep.decode(k.rep.encode(CODES).float()), "ids of torch.float32: accepted are whole"),
     "ids without a start": (lambda k: k.rep.decode(k.rep.encode(CODES)[1:]), r"position 0, expected the start token"),
@@ -99,7 +109,7 @@ UNI_REP = {
     "ids with a negative one": (lambda k: k.rep.decode([-7]), "token -7 at position 0, expected the start token"),
     "a folder for a tokenizer": (lambda k: UniRep.from_tokenizer("folder"), "tokenizer 'folder': accepted is"),
     "no tokenizer": (lambda k: UniRep.from_tokenizer(None), "tokenizer None: accepted is"),
-    "a tokenizer without codes": (lambda k: UniRep.from_tokenizer(Words()), "no token for image code 0"),
+    "a tokenizer without codes": (lambda k: UniRep.from_tokenizer(Vocabulary()), "no token for image code 0"),
     "a size unit of 0": (
         lambda k: UniRep.from_tokenizer(k.processor.tokenizer, 0),
         "size_unit_px 0: accepted are 1, 2",
@@ -128,9 +138,11 @@ IMAGE_PROCESSOR = {
     ),
     "a closed picture": (lambda k: k.pictures.load(closed(k)), "not a picture.*damaged"),
     "no bytes": (lambda k: k.pictures.load(b""), "0 bytes: not a picture"),
+    "bytes of a text": (lambda k: k.pictures.load(b"no picture"), "10 bytes: not a picture"),
     "bytes cut short": (lambda k: k.pictures.load((k.files / "cut.png").read_bytes()), "bytes: not a picture"),
     "a data URL of nothing": (lambda k: k.pictures.load("data:image/png;base64,!!"), "data:image/png.*not a picture"),
     "a URL that nobody serves": (lambda k: k.pictures.load("http://127.0.0.1:9/a.png"), "127.0.0.1:9/a.png"),
+    "a number for a picture": (lambda k: k.pictures.load(12), "of type int: accepted is a PIL image"),
     "a file-like object": (lambda k: k.pictures.load(open), "of type builtin_function.*accepted is a PIL image"),
     "no picture": (lambda k: k.pictures.load(None), "of type NoneType: accepted is a PIL image"),
     "a list for a picture": (lambda k: k.pictures.load([PICTURE]), "of type list: accepted is a PIL image"),
@@ -141,6 +153,7 @@ IMAGE_PROCESSOR = {
     "a picture without pixels": (lambda k: k.pictures.load(Image.new("RGB", (0, 9))), "0x9 px has no pixels"),
     "an empty array": (lambda k: k.pictures.load(np.zeros((0, 0, 3), np.uint8)), r"shape \(0, 0, 3\): accepted"),
     "an array without channels": (lambda k: k.pictures.load(np.zeros((9, 9, 0))), r"shape \(9, 9, 0\): accepted"),
+    "an array of five channels": (lambda k: k.pictures.load(np.zeros((4, 4, 5))), r"shape \(4, 4, 5\): accepted"),
     "a 0-d array": (lambda k: k.pictures.load(np.array(3.0)), r"shape \(\): accepted is"),
     "a batch of arrays": (lambda k: k.pictures.load(np.zeros((1, 9, 9, 3))), r"shape \(1, 9, 9, 3\): accepted is"),
     "an array of nan": (lambda k: k.pictures.load(np.full((9, 9, 3), NAN)), r"from nan to nan: accepted is \[0, 1\]"),
@@ -148,6 +161,19 @@ IMAGE_PROCESSOR = {
         lambda k: k.pictures.load(np.full((9, 9, 3), 255.0)),
         r"to 255.0: accepted is \[0, 1\]",
     ),
+    "a float array below 0": (
+        lambda k: k.pictures.load(np.zeros((4, 4, 3)) - 1),
+        r"float array from -1.0 to -1.0: accepted is \[0, 1\]",
+    ),
+    "a picture of floats up to 7.5": (
+        lambda k: k.pictures.load(Image.new("F", (4, 4), 7.5)),
+        r"float array from 7.5 to 7.5: accepted is \[0, 1\]",
+    ),
+    "a picture of numbers above 255": (
+        lambda k: k.pictures.load(Image.new("I", (4, 4), 40000)),
+        "numbers from 40000 to 40000: accepted are 0 to 255",
+    ),
+    "an array of 64 bits": (lambda k: k.pictures.load(np.zeros((9, 9, 3), np.int64)), "array of int64: accepted"),
     "a boolean array": (lambda k: k.pictures.load(np.zeros((9, 9), bool)), "array of bool: accepted is"),
     "an array of 16 bits": (lambda k: k.pictures.load(np.zeros((9, 9, 3), np.uint16)), "array of uint16: accepted"),
     "an array of objects": (lambda k: k.pictures.load(np.array([[None]])), "array of object: accepted is"),
@@ -193,6 +219,10 @@ PROCESSOR = {
     "a number among texts": (lambda k: k.processor(["a", 5]), r"text \['a', 5\]: accepted is a string"),
     "nested texts": (lambda k: k.processor([["a"]]), r"text \[\['a'\]\]: accepted is a string"),
     "a placeholder without image": (lambda k: k.processor("<|image|>"), "0 images for 1 placeholders <|image|>"),
+    "a placeholder too many": (
+        lambda k: k.processor("<|image|> <|image|>", PICTURE),
+        "1 images for 2 placeholders",
+    ),
     "an image too many": (lambda k: k.processor("<|image|>", [PICTURE] * 2), "2 images for 1 placeholders"),
     "images for other texts": (lambda k: k.processor(["a", "b"], [PICTURE] * 3), "3 images for 2 places in 2 texts"),
     "lists for other texts": (lambda k: k.processor(["a"], [[PICTURE], []]), "2 lists of images for 1 texts"),
@@ -205,6 +235,11 @@ PROCESSOR = {
         "target '64' px: accepted are multiples",
     ),
     "a height alone": (lambda k: k.processor("a", height=32), "height 32, width None: give both or none"),
+    "a height between two sizes": (
+        lambda k: k.processor("a", height=40, width=32),
+        "height 40 px: accepted are multiples of 16",
+    ),
+    "codes of another grid": (lambda k: k.processor("a", CODES[:3]), "3x4 codes: accepted sides are multiples of 2"),
     "heights for other texts": (lambda k: k.processor("a", height=[32, 32], width=32), "2 values for 1 texts"),
     "sound": (lambda k: k.processor("a", audio=[1]), "videos and audio are not accepted"),
     "an unknown keyword": (lambda k: k.processor("a", image=PICTURE), "unexpected keyword argument 'image'"),
@@ -217,6 +252,10 @@ PROCESSOR = {
     "no messages": (lambda k: k.processor.apply_chat_template(None), "messages None: accepted is a list of"),
     "a conversation of nothing": (
         lambda k: k.processor.apply_chat_template([]),
+        "an empty conversation: at least one",
+    ),
+    "an empty conversation among others": (
+        lambda k: k.processor.apply_chat_template([[USER], []], tokenize=True),
         "an empty conversation: at least one",
     ),
     "a text among messages": (
@@ -304,6 +343,11 @@ PROCESSOR = {
     ),
     "an unknown task": (lambda k: k.processor.check_task("etch"), "task 'etch': accepted are text-to-image, complete"),
     "a list of tasks": (lambda k: k.processor.check_task(["depth"]), r"task \['depth'\]: accepted are text-to-image"),
+    "a task without its prompt": (lambda k: k.processor.task_prompt("edit"), "task 'edit' takes a prompt"),
+    "a task with a prompt too many": (
+        lambda k: k.processor.task_prompt("depth", "a"),
+        "task 'depth' takes no prompt",
+    ),
     "a prompt that is a number": (lambda k: k.processor.task_prompt("edit", 5), "prompt 5: accepted is text"),
     "a blank prompt": (lambda k: k.processor.task_prompt("edit", " \n"), "task 'edit' takes a prompt"),
     "a condition that is a number": (
@@ -364,6 +408,11 @@ GENERATE = {
     ),
     "a mask of zeros": (lambda k: k.generate(attention_mask=0 * IDS), "ends with 0; accepted are prompts"),
     "a height in text": (lambda k: k.generate(height="32", width=32), "height '32' px: accepted are multiples of 16"),
+    "a height between two sizes": (
+        lambda k: k.generate(height=30, width=32),
+        "height 30 px: accepted are multiples of 16",
+    ),
+    "a height alone": (lambda k: k.generate(height=32), "height=32 and width=None: give both or neither"),
     "a float height": (lambda k: k.generate(height=32.0, width=32), r"height 32\.0 px: accepted are multiples"),
     "a width alone": (lambda k: k.generate(width=32), "height=None and width=32: give both or neither"),
     "heights of other prompts": (lambda k: k.generate(height=[32] * 2, width=32), "height has 2 values for 1 prompts"),
@@ -463,6 +512,7 @@ CONFIG = {
 PIPELINE = {
     "a number for a prompt": (lambda k: k.pipe(5), "prompt 5: accepted is text"),
     "bytes for a prompt": (lambda k: k.pipe(b"a"), "prompt b'a': accepted is text"),
+    "nothing at all": (lambda k: k.pipe(), "task 'text-to-image' takes a prompt"),
     "no prompts": (lambda k: k.pipe([]), "an empty list: at least one prompt or image is needed"),
     "an empty prompt": (lambda k: k.pipe([""]), "task 'text-to-image' takes a prompt"),
     "a blank prompt among others": (lambda k: k.pipe(["a", " \n"]), "task 'text-to-image' takes a prompt"),
@@ -511,6 +561,14 @@ PIPELINE = {
     ),
     "a height alone": (lambda k: k.pipe("a", height=32), "height 32, width None: give both or none"),
     "a height in text": (lambda k: k.pipe("a", height="32", width=32), "height '32'.*: accepted are"),
+    "a height between two sizes": (
+        lambda k: k.pipe("a", height=33, width=32),
+        "height 33 px: accepted are multiples of 16 up to 160",
+    ),
+    "a size for words": (
+        lambda k: k.pipe(image=PICTURE, task="caption", height=32, width=32),
+        "takes no height and width: its answer is",
+    ),
     "a width in text": (lambda k: k.pipe("a", height=32, width="32"), "width '32'.*: accepted are"),
     "a float height": (lambda k: k.pipe("a", height=32.0, width=32), r"height 32\.0.*: accepted are"),
     "a negative height": (lambda k: k.pipe("a", height=-32, width=32), "height -32.*: accepted are"),
@@ -610,6 +668,10 @@ PIPELINE = {
         "prompt_enhancer 'gpt': accepted is something",
     ),
     "an enhancer of nothing": (lambda k: k.pipe("a", prompt_enhancer=lambda p: None), "made None of 'a': accepted is"),
+    "an enhancer of empty texts": (
+        lambda k: k.pipe("a", prompt_enhancer=lambda p: ""),
+        "made '' of 'a': accepted is some",
+    ),
     "an enhancer of blanks": (
         lambda k: k.pipe("a", prompt_enhancer=lambda p: " "),
         "made ' ' of 'a': accepted is some",
@@ -740,11 +802,24 @@ COMMANDS = {
         "output picture: accepted is a name with a picture's ending",
     ),
     "an output that is a text": ("generate a -o picture.txt", "output picture.txt: accepted is a name with"),
+    "an output that cannot be written": ("generate a -o picture.psd", "such as picture.png, or .npy"),
     "an output below a file": ("generate a --size 32x32 -o files/text.png/a.png", "files/text.png"),
     "an output that is a folder": ("generate a -o files/folder.png", "folder.png"),
     "the best of none": ("generate a --best-of 0 --verifier tabletop", "(or equal to 1|x>=1)"),
     "the best by nobody": ("generate a --best-of 2", "best_of 2 needs a verifier"),
+    "the best by a mistyped one": (
+        "generate a --best-of 2 --verifier tabletp",
+        "verifier 'tabletp': neither \"tabletop\", a folder",
+    ),
+    "a mistyped condition": (
+        "generate a --condition dept",
+        "condition 'dept': accepted are depth, canny, hed, pose",
+    ),
     "an enhancer's address alone": ("generate a --prompt-enhancer-url http://a", "http://a: name the model"),
+    "an output that is the input": (
+        "edit files/good.png a -o files/../files/good.png",
+        "good.png is the picture that is read: name another one",
+    ),
     "an absent picture": ("edit absent.png a", "absent.png"),
     "a text for a picture": ("edit files/text.png a", "text.png: not a picture"),
     "an empty picture": ("edit files/empty.png a", "empty.png: not a picture"),
@@ -763,6 +838,10 @@ COMMANDS = {
         "model .*: files has no no-such-run",
     ),
     "an adapter that is not in its folder": ("generate a --lora files/nope", "lora .*: files has no nope"),
+    "the best in all tasks": (
+        "evaluate --all --best-of 2",
+        "--all takes neither guidance-scale nor best-of",
+    ),
     "the other count of cases": ("evaluate --all --num-per-category 3", "accepted there is --num-cases"),
     "the count of all cases": ("evaluate --num-cases 3", "accepted there is --num-per-category"),
     "a model of nothing": ("generate a --model files/nothing", "nothing cannot be loaded"),
@@ -810,10 +889,9 @@ def faulty_files(tmp_path_factory):
     (folder / "folder.png").mkdir()
     (folder / "empty.png").touch()
     (folder / "text.png").write_text("a red sphere")
-    noise = Image.fromarray(np.random.default_rng(0).integers(256, size=(48, 64, 3), dtype=np.uint8))
-    noise.save(folder / "good.png")
+    PICTURE.save(folder / "good.png")
     for name in ("cut.png", "cut.jpg"):
-        noise.save(folder / name)
+        PICTURE.save(folder / name)
         (folder / name).write_bytes((folder / name).read_bytes()[:1500])
     whole = (folder / "good.png").read_bytes()
     (folder / "lying.png").write_bytes(whole[:16] + (2**31 - 1).to_bytes(4) * 2 + whole[24:])

@@ -143,9 +143,14 @@ def test_where_nothing_is_guided_nothing_is_counted_for_it(tiny_pipe, monkeypatc
     assert asked == [[3.0], [1.0], [1.0]]
 
 
-def test_where_free_memory_is_not_known_nothing_is_refused(tiny_pipe):
-    assert pipeline_lumina_mgpt.free_bytes(torch.device("cpu")) > 2**20
-    assert pipeline_lumina_mgpt.free_bytes(torch.device("mps")) is None
+def test_where_free_memory_is_not_known_nothing_is_refused(tiny_pipe, monkeypatch):
+    free_bytes = pipeline_lumina_mgpt.free_bytes
+    assert free_bytes(torch.device("cpu")) > 2**20
+    monkeypatch.setattr(tiny_pipe, "_cache_bytes", lambda *call: 2**60)
+    with pytest.raises(MemoryError, match="not even the smallest fits"):
+        tiny_pipe("a")
+    monkeypatch.setattr(pipeline_lumina_mgpt, "free_bytes", lambda device: free_bytes(torch.device("mps")))
+    assert tiny_pipe("a").images[0].size == (32, 32)
 
 
 def test_tiles_look_like_the_whole_and_take_less_memory(default_processor, scene_codes):

@@ -6,23 +6,17 @@ import struct
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset, DatasetDict, Features, Image, Value
-from PIL import Image as PILImage
+from datasets import Dataset, DatasetDict, Features, Image
 
+from helpers import CAPTIONED, random_picture
 from modeling_lumina_mgpt.processing_lumina_mgpt import IMAGE
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader, read_mixture
-
-FEATURES = Features({"image": Image(), "caption": Value("string")})
-
-
-def picture(seed, width_px=64, height_px=64):
-    return PILImage.fromarray(np.random.default_rng(seed).integers(0, 256, (height_px, width_px, 3), np.uint8))
 
 
 def captioned(num, first=0):
     rows = range(first, first + num)
-    values = {"image": [picture(i) for i in rows], "caption": [f"sphere {i}" for i in rows]}
-    return Dataset.from_dict(values, features=FEATURES)
+    values = {"image": [random_picture(64, 64, i) for i in rows], "caption": [f"sphere {i}" for i in rows]}
+    return Dataset.from_dict(values, features=CAPTIONED)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +64,7 @@ def test_a_record_is_ids_and_labels_of_its_conversation(tiny_processor, places):
     own = reader(tiny_processor, source(places / "saved"))
     (encoded,) = own.encode([own.dataset[3]])
     prompt = tiny_processor.task_prompt("text-to-image", "sphere 3", height=64, width=64)
-    expected = tiny_processor.encode_conversation([prompt, IMAGE], [picture(3)], target_px=64)
+    expected = tiny_processor.encode_conversation([prompt, IMAGE], [random_picture(64, 64, 3)], target_px=64)
     assert encoded == {**expected, "task": "text-to-image"}
 
 
@@ -100,7 +94,7 @@ def test_a_stream_equals_its_dataset_each_time(tiny_processor, places):
 
 
 def test_random_crops_differ_by_epoch_and_are_the_same_for_a_photo_and_its_map(tiny_processor, tmp_path):
-    same = [picture(i, 96, 64) for i in range(3)]
+    same = [random_picture(96, 64, i) for i in range(3)]
     features = Features({"image": Image(), "depth": Image()})
     Dataset.from_dict({"image": same, "depth": same}, features=features).save_to_disk(str(tmp_path / "maps"))
     uni_rep = tiny_processor.uni_rep
@@ -123,7 +117,7 @@ def damaged(path, num, places):
     values = captioned(num).cast_column("image", Image(decode=False))[:]
     for place in places:
         values["image"][place] = {"bytes": b"nonsense", "path": None}
-    Dataset.from_dict(values, features=FEATURES).save_to_disk(str(path))
+    Dataset.from_dict(values, features=CAPTIONED).save_to_disk(str(path))
     return source(path)
 
 

@@ -1,39 +1,13 @@
 """One folder serves every loader of transformers and diffusers where the package is not installed."""
 
-import os
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 import torch
 
+from helpers import run_without_package
 from modeling_lumina_mgpt.checkpoints import link_code
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
-WITHOUT_PACKAGE = """
-import sys
-
-class Hidden:
-    def find_spec(self, name, path=None, target=None):
-        if name.partition(".")[0] == "modeling_lumina_mgpt":
-            raise ModuleNotFoundError(name)
-
-sys.meta_path.insert(0, Hidden())
-
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-from PIL import Image
-from transformers import AutoModelForMultimodalLM, AutoProcessor, pipeline
-
-CODE = {"trust_remote_code": True}
-
-def assert_same(image):
-    assert np.array_equal(image, Image.open("expected.png"))
-
-def call():
-    return {"height": 48, "width": 32, "generator": torch.Generator().manual_seed(0)}
-"""
 EVERY_LOADER = """
 pipe = DiffusionPipeline.from_pretrained("tiny", **CODE)
 assert_same(pipe("a red sphere", **call()).images[0])
@@ -56,16 +30,6 @@ pipe = DiffusionPipeline.from_pretrained("again", dtype=torch.bfloat16, **CODE)
 assert pipe.transformer.dtype == pipe.vqvae.dtype == torch.bfloat16
 """
 COMPLAINTS = ("newly initialized", "unexpected", "missing", "not used", "were not", "warning")
-
-
-def run_without_package(code, cwd):
-    """Runs code in a new process where the package cannot be imported; returns what it wrote to stderr."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-    env |= {"HF_HOME": str(cwd / "hf_home"), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", WITHOUT_PACKAGE + code]
-    result = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    return result.stderr
 
 
 def files(folder):

@@ -248,15 +248,20 @@ def test_an_object_looks_the_same_wherever_it_stands():
 
 
 def test_dialogue_is_right():
+    found = Counter()
     for plan in plans("chat", 300):
         said = [message["value"] for message in plan.words["conversations"]]
         for question, answer in zip(said[::2], said[1::2], strict=True):
             if match := re.fullmatch(r"What is (\d+) ([+-]) (\d+)\?", question):
+                found[match[2]] += 1
                 assert int(answer) == int(match[1]) + int(match[3]) * (1 if match[2] == "+" else -1)
             if match := re.fullmatch(r"Which is (\w+)\? (\S+) or (\S+)", question):
+                found[match[1]] += 1
                 assert answer == (min if match[1] == "smaller" else max)(match[2], match[3], key=float)
             if match := re.fullmatch(r"Is (\S+) less than (\S+)\?", question):
+                found[answer] += 1
                 assert answer == ("Yes." if float(match[1]) < float(match[2]) else "No.")
+    assert found.keys() == {*"+-", "bigger", "larger", "smaller", "Yes.", "No."} and min(found.values()) >= 5
 
 
 def test_joints_lie_on_the_mannequin():

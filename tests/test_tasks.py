@@ -7,6 +7,7 @@ from published import publish
 from transformers import LogitsProcessor
 from typer.testing import CliRunner
 
+from helpers import random_picture
 from modeling_lumina_mgpt.convert_lumina_mgpt_checkpoint import PUBLISHED, convert
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, cli
 
@@ -63,7 +64,7 @@ def pipes(tmp_path_factory):
 def picture(tmp_path, monkeypatch):
     """Also lies in the current folder, as input.png."""
     monkeypatch.chdir(tmp_path)
-    picture = Image.effect_noise((64, 32), 60).convert("RGB")
+    picture = random_picture(64, 32)
     picture.save("input.png")
     return picture
 

@@ -3,23 +3,22 @@
 import json
 import sys
 import time
+from copy import deepcopy
 from multiprocessing import get_context
 from pathlib import Path
 from socket import gethostname
 
-import numpy as np
 import pytest
 import torch
-from datasets import Dataset, Features, Image, Value, load_dataset
-from PIL import Image as PILImage
+from datasets import Dataset, load_dataset
 from typer.testing import CliRunner
 
+from helpers import CAPTIONED, contents, random_picture
 from modeling_lumina_mgpt.pipelines.cli import app
 from modeling_lumina_mgpt.training import tokenize_dataset
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.tokenize_dataset import load_tokenized, tokenize
 
-FEATURES = Features({"image": Image(), "caption": Value("string")})
 MAX_LENGTH = 500
 
 
@@ -33,10 +32,10 @@ def small_shards(monkeypatch):
 def saved(tmp_path_factory):
     """Twenty-two records of two sizes."""
     sizes = [(64, 64), (96, 48)]
-    pixels = [np.random.default_rng(i).integers(0, 256, (*sizes[i % 2][::-1], 3), np.uint8) for i in range(22)]
-    values = {"image": [PILImage.fromarray(x) for x in pixels], "caption": [f"sphere {i}" for i in range(22)]}
+    pictures = [random_picture(*sizes[i % 2], i) for i in range(22)]
+    values = {"image": pictures, "caption": [f"sphere {i}" for i in range(22)]}
     folder = tmp_path_factory.mktemp("data") / "saved"
-    Dataset.from_dict(values, features=FEATURES).save_to_disk(str(folder))
+    Dataset.from_dict(values, features=CAPTIONED).save_to_disk(str(folder))
     return str(folder)
 
 
@@ -46,11 +45,6 @@ def mixture(saved, **fields):
         {"task": "caption", "path": saved, "num_records": 8},
     ]
     return Mixture(64, sources, **fields)
-
-
-def contents(folder):
-    """Bytes of all files by name."""
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def test_records_are_those_from_images(tiny_processor, saved, tmp_path):
@@ -96,17 +90,17 @@ def test_a_stream_is_tokenized_like_its_dataset(tiny_processor, saved, tmp_path)
         load_tokenized(Mixture(64, [source | {"num_records": 8}]), tiny_processor, tmp_path / "8-True", MAX_LENGTH)
 
 
-def slow_run(mixed, processor, folder, num_proc, at_work):
-    """Tokenizes slowly; puts something into the queue at each batch."""
+def halting_run(mixed, processor, folder, num_proc, begun, allowed):
+    """Tokenizes only as many batches as are `allowed`; counts those `begun`."""
     attempt = MixtureReader.attempt
 
-    def slow_attempt(self, rows, epoch=0):
-        at_work.put(len(rows))
-        time.sleep(0.1)
+    def halting_attempt(self, rows, epoch=0):
+        begun.release()
+        allowed.acquire()
         return attempt(self, rows, epoch)
 
     torch.set_num_threads(1)
-    MixtureReader.attempt = slow_attempt
+    MixtureReader.attempt = halting_attempt
     tokenize(mixed, processor, folder, MAX_LENGTH, num_proc=num_proc)
 
 
@@ -120,20 +114,22 @@ def is_running(pid):
 def test_a_killed_run_goes_on_where_it_was(tiny_processor, saved, tmp_path, num_proc):
     mixed, out, fork = mixture(saved), tmp_path / "out", get_context("fork")
     tokenize(mixed, tiny_processor, tmp_path / "whole", MAX_LENGTH, num_proc=1)
-    at_work = fork.Queue()
-    run = fork.Process(target=slow_run, args=(mixed, tiny_processor, out, num_proc, at_work))
+    begun, allowed = fork.Semaphore(0), fork.Semaphore(6)
+    run = fork.Process(target=halting_run, args=(mixed, tiny_processor, out, num_proc, begun, allowed))
     run.start()
-    for _ in range(7):
-        at_work.get()
-    workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
-    run.kill()
-    run.join()
+    try:
+        for _ in range(6 + num_proc):  # then all wait
+            assert begun.acquire(timeout=60), "tokenizing has not begun, or has ended early"
+        workers = Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()
+    finally:
+        run.kill()
+        run.join(20)
     deadline = time.monotonic() + 20
     while any(map(is_running, workers)):
         assert time.monotonic() < deadline, "workers outlive their parent"
         time.sleep(0.02)
     made = {path: path.stat().st_mtime_ns for path in (out / "data").glob("*.parquet")}
-    assert 0 < len(made) < 8
+    assert 4 - num_proc <= len(made) <= 3  # of two batches each; every process may have been in another one
     last = max((tmp_path / "whole" / "data").iterdir()).name
     (out / "data" / f".{last}.{gethostname()}.{run.pid}.part").write_bytes(b"what a kill while writing leaves")
     tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
@@ -177,7 +173,7 @@ def test_skipped_records_are_listed_and_too_many_are_an_error(tiny_processor, sa
         load_tokenized(mixture(0.9), tiny_processor, out, max(loaded["length"]) - 1)
 
 
-def test_another_mixture_or_model_is_refused_but_other_weights_are_not(tiny_processor, saved, tmp_path):
+def test_another_mixture_or_model_is_refused_but_other_weights_are_not(tiny_processor, tiny_vqvae, saved, tmp_path):
     out, mixed = tmp_path / "out", mixture(saved)
     tokenize(mixed, tiny_processor, out, MAX_LENGTH, num_proc=1)
     for source, weight in zip(mixed.sources, (3, 1), strict=True):
@@ -192,12 +188,13 @@ def test_another_mixture_or_model_is_refused_but_other_weights_are_not(tiny_proc
     other.sources[1].task = "text-to-image"
     with pytest.raises(ValueError, match=r"mixture\.sources\.1\.task is 'caption' there"):
         load_tokenized(other, tiny_processor, out, MAX_LENGTH)
+    tiny_processor.vqvae = deepcopy(tiny_processor.vqvae)
+    load_tokenized(mixed, tiny_processor, out, MAX_LENGTH)
     with torch.no_grad():
-        weight = tiny_processor.vqvae.encoder.conv_in.weight
-        weight += 1
-        with pytest.raises(ValueError, match="vqvae is"):
-            load_tokenized(mixed, tiny_processor, out, MAX_LENGTH)
-        weight -= 1
+        tiny_processor.vqvae.encoder.conv_in.weight += 1
+    with pytest.raises(ValueError, match="vqvae is"):
+        load_tokenized(mixed, tiny_processor, out, MAX_LENGTH)
+    tiny_processor.vqvae = tiny_vqvae
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").write_text("")
     with pytest.raises(ValueError, match="something else"):

@@ -14,10 +14,9 @@ from datasets import Image as ImageFeature
 from PIL import Image
 from safetensors.torch import load_file
 
-from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-from modeling_lumina_mgpt.training import chain, train_vq
+from modeling_lumina_mgpt.training import chain, sft, train_vq
 from modeling_lumina_mgpt.training.folders import new_pipeline
 from modeling_lumina_mgpt.training.mixture import Mixture, MixtureReader
 from modeling_lumina_mgpt.training.recipe import ChainRecipe, SFTRecipe, load_recipe, lora_config, sft_config
@@ -47,23 +46,14 @@ def tabletop(num_records, *tasks):
 
 
 @pytest.fixture
-def start(tmp_path, tiny_config, tiny_processor, tiny_vqvae):
-    """A folder with an untrained model."""
-    torch.manual_seed(0)
-    model = LuminaMGPTForConditionalGeneration(tiny_config())
-    LuminaMGPTPipeline(model, tiny_vqvae, tiny_processor).save_pretrained(tmp_path / "start")
-    return str(tmp_path / "start")
-
-
-@pytest.fixture
-def recipe(start, tmp_path):
+def recipe(tiny_folder, tmp_path):
     """Makes recipes: `recipe("name", max_steps=3, lora={"r": 4})`."""
 
     def make(name, mixture=None, **values):
         sft = SFT_VALUES | {name: values.pop(name) for name in [*values] if name not in SFTRecipe.__dataclass_fields__}
         mixture = mixture or tabletop(4, "text-to-image", "caption")
         return SFTRecipe(
-            **{"output_dir": str(tmp_path / name), "mixture": mixture, "sft": sft, "model": start, **values}
+            **{"output_dir": str(tmp_path / name), "mixture": mixture, "sft": sft, "model": str(tiny_folder), **values}
         )
 
     return make
@@ -128,7 +118,7 @@ def test_a_stream_resumes_bit_for_bit(recipe, tmp_path):
     assert all(torch.equal(weight, halves[name]) for name, weight in whole.items())
 
 
-def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, start, tmp_path):
+def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, tiny_folder, tmp_path):
     values = {"lora": {"r": 4, "lora_alpha": 8}, "max_steps": 4}
     train(recipe("whole", **values))
     train(recipe("halves", **{**values, "max_steps": 2}))
@@ -141,7 +131,7 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     # q, k, v, o of 32 x 32; gate, up, down of 32 x 48; in two layers
     assert sum(tensor.numel() for tensor in found.values()) == 2 * 4 * (4 * (32 + 32) + 3 * (32 + 48))
     assert not [*(tmp_path / "whole").glob("*.bin")]
-    pipe = LuminaMGPTPipeline.from_pretrained(start)
+    pipe = LuminaMGPTPipeline.from_pretrained(tiny_folder)
     pipe.set_progress_bar_config(disable=True)
 
     def draw():
@@ -152,6 +142,33 @@ def test_an_adapter_is_small_resumes_and_changes_pictures_once_loaded(recipe, st
     adapted = draw()
     pipe.unload_lora_weights()
     assert not torch.equal(before, adapted) and torch.equal(before, draw())
+
+
+def test_a_recipes_settings_reach_the_steps_all_together(recipe, tmp_path, monkeypatch):
+    made = []
+
+    class Watched(sft.LuminaMGPTTrainer):
+        def __init__(self, **values):
+            super().__init__(**values)
+            made.append(self)
+
+        def _minutes_so_far(self):
+            return self.state.global_step + 1.0
+
+    monkeypatch.setattr(sft, "LuminaMGPTTrainer", Watched)
+    shares = {"context_drop": 0.2, "history_noise": 0.3, "code_renaming": {"edit": 0.5}}
+    values = {"tokenized": str(tmp_path / "data"), "pack_tokens": 500, "muon": True, "max_minutes": 2, "cooldown": 1.0}
+    run = recipe("run", tabletop(6, "text-to-image", "edit"), max_steps=9, **shares, **values)
+    train(run)
+    (trainer,) = made
+    assert trainer.state.global_step == 2 and losses(run, "learning_rate") == pytest.approx([1e-2, 5e-3])
+    assert {name: getattr(trainer.data_collator, name) for name in shares} == shares
+    assert not any(getattr(trainer.eval_collator, name) for name in shares)
+    rows = list(trainer.train_dataset)
+    assert max(len(row["records"]) for row in rows) > 1 and max(row["length"] for row in rows) <= 500
+    assert sum(len(row["records"]) for row in rows) == 12
+    assert trainer.optimizer.optimizer.parts.keys() == {"muon", "adamw"}
+    assert LuminaMGPTPipeline.from_pretrained(tmp_path / "run")("a cube").images[0].size == (64, 64)
 
 
 @pytest.mark.parametrize("name", ["muon", "share_code_rows"])
@@ -189,8 +206,8 @@ def test_evaluation_is_of_held_out_scenes_by_task(recipe, tmp_path):
     assert len(losses(made, "eval_loss")) == 2
 
 
-def test_samples_are_drawn_while_training(recipe, start, tmp_path):
-    processor = json.loads((path := Path(start) / "processor_config.json").read_text())
+def test_samples_are_drawn_while_training(recipe, tiny_folder, tmp_path):
+    processor = json.loads((path := tiny_folder / "processor_config.json").read_text())
     path.write_text(json.dumps({**processor, "trained_tasks": ["caption"]}))
     samples = {"steps": 1, "prompts": ["a cube", "a red cone"]}
     with pytest.raises(ValueError, match="text-to-image': this checkpoint was trained for caption"):
@@ -203,15 +220,15 @@ def test_samples_are_drawn_while_training(recipe, start, tmp_path):
     assert losses(made) == losses(undisturbed)
 
 
-def test_a_shape_like_anothers_with_new_weights(recipe, start, tmp_path):
-    shape = {"like": start, "config": {"num_hidden_layers": 1}}
+def test_a_shape_like_anothers_with_new_weights(recipe, tiny_folder, tmp_path):
+    shape = {"like": str(tiny_folder), "config": {"num_hidden_layers": 1}}
     made = recipe("new", model=None, from_scratch=shape, share_code_rows=True, max_steps=1)
     train(made)
     pipe = LuminaMGPTPipeline.from_pretrained(tmp_path / "new")
     assert len(pipe.transformer.model.layers) == 1
     assert (
         pipe.processor.tokenizer.get_vocab()
-        == LuminaMGPTPipeline.from_pretrained(start).processor.tokenizer.get_vocab()
+        == LuminaMGPTPipeline.from_pretrained(tiny_folder).processor.tokenizer.get_vocab()
     )
 
 
@@ -340,11 +357,32 @@ def vq_recipe(folder, tiny_vqvae, **values):
     return train_vq.VQRecipe(str(folder), model, pictures, **values)
 
 
-def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae):
-    model = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))
-    again = train_vq.train(vq_recipe(tmp_path, tiny_vqvae))  # nothing left to do: the same weights again
-    assert all(torch.equal(a, again.state_dict()[name]) for name, a in model.state_dict().items())
-    assert (tmp_path / "scores.json").exists()
+def test_vq_training_resumes_and_reports_what_it_saved(tmp_path, tiny_vqvae, monkeypatch):
+    loss, steps = train_vq.reconstruction_loss, []
+
+    def interrupted(*pictures):
+        steps.append("step")
+        if steps == ["step"] * 3:
+            raise KeyboardInterrupt
+        return loss(*pictures)
+
+    def trained(name):
+        train_vq.train(vq_recipe(tmp_path / name, tiny_vqvae))
+        (saved,) = (tmp_path / name / "vqvae").glob("*.safetensors")
+        return torch.load(tmp_path / name / "state.pt")["model"], load_file(saved)
+
+    whole = trained("whole")
+    monkeypatch.setattr(train_vq, "reconstruction_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        trained("halves")
+    for num_steps in (2, 0):  # the other half, and nothing left to do
+        steps[:] = ["resumed"]
+        again = trained("halves")
+        assert steps == ["resumed"] + ["step"] * num_steps
+        for ours, theirs in zip(again, whole, strict=True):
+            assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    scores = [json.loads((tmp_path / name / "scores.json").read_text())["scores"] for name in ("whole", "halves")]
+    assert scores[0] == scores[1] and scores[0]["codes_used"] > 0
 
 
 def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
@@ -362,9 +400,9 @@ def test_a_patch_has_one_code_wherever_it_is(tmp_path, tiny_vqvae):
 
 
 @pytest.fixture
-def chained(recipe, start, tmp_path, monkeypatch):
+def chained(recipe, tiny_folder, tmp_path, monkeypatch):
     """Runs a chain of two stages, each with half of the minutes; gives what was trained and scored."""
-    for name, model in (("first", start), ("second", str(tmp_path / "first"))):
+    for name, model in (("first", str(tiny_folder)), ("second", str(tmp_path / "first"))):
         stage = recipe(name, model=model, max_steps=1)
         (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(asdict(stage)))
     done = []

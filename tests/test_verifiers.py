@@ -27,6 +27,7 @@ from transformers import (
     SiglipProcessor,
 )
 
+from helpers import random_picture
 from modeling_lumina_mgpt.pipelines.verifiers import ChatPromptEnhancer, CLIPVerifier, TabletopVerifier
 from modeling_lumina_mgpt.training.tabletop import describe, render, sample_scene, to_image
 
@@ -37,8 +38,7 @@ KEY = "sk-secret"
 
 @pytest.fixture
 def images() -> list[Image.Image]:
-    noise = np.random.default_rng(0).integers(0, 256, (3, 40, 56, 3), np.uint8)
-    return [Image.fromarray(noise[0]), Image.fromarray(noise[1]).convert("RGBA"), Image.new("L", (64, 30))]
+    return [random_picture(56, 40), random_picture(56, 40, 1).convert("RGBA"), Image.new("L", (64, 30))]
 
 
 # --- CLIP ------------------------------------------------------------------------------------------------------------

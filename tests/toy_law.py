@@ -5,7 +5,6 @@ only the grammar of `uni_rep` is shared. Rows of four kinds are drawn in one bat
 length, size, guidance, top-k and temperature; one kind writes text and begins a picture when it likes.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from unittest import mock
 
@@ -141,12 +140,12 @@ def guidance_scale(kind: Kind, step: int, area: Tensor, schedule: str | None) ->
 # Samples against it
 
 
-def draw(model, num_samples: int, seed: int, kinds: Sequence[Kind] = KINDS, **settings) -> list[Tensor]:
+def draw(model, num_samples: int, seed: int, **settings) -> list[Tensor]:
     """Beginnings of answers, `(num_samples, num_counted)` of each kind; all kinds share each batch."""
-    longest = max(len(kind.prompt) for kind in kinds)
-    ids = torch.tensor([[PAD] * (longest - len(kind.prompt)) + list(kind.prompt) for kind in kinds])
+    longest = max(len(kind.prompt) for kind in KINDS)
+    ids = torch.tensor([[PAD] * (longest - len(kind.prompt)) + list(kind.prompt) for kind in KINDS])
     names = ("height", "width", "guidance_scale", "image_top_k", "image_temperature", "text_top_k")
-    own = {name: [getattr(kind, name) for kind in kinds] for name in names}
+    own = {name: [getattr(kind, name) for kind in KINDS] for name in names}
     generator, answers = torch.Generator().manual_seed(seed), []
     for first in range(0, num_samples, BATCH_SIZE):
         output = model.generate(
@@ -159,8 +158,8 @@ def draw(model, num_samples: int, seed: int, kinds: Sequence[Kind] = KINDS, **se
             **own,
             **settings,
         )
-        rows = F.pad(output[:, longest:], (0, MAX_NEW_TOKENS), value=PAD).chunk(len(kinds))
-        answers.append([row[:, : kind.num_counted] for row, kind in zip(rows, kinds, strict=True)])
+        rows = F.pad(output[:, longest:], (0, MAX_NEW_TOKENS), value=PAD).chunk(len(KINDS))
+        answers.append([row[:, : kind.num_counted] for row, kind in zip(rows, KINDS, strict=True)])
     return [torch.cat(rows) for rows in zip(*answers, strict=True)]
 
 
