@@ -2,11 +2,11 @@
 
     python -m benchmarks.exactness
 
-Prints tables in Markdown. The first is about `tests/toy_law.py`: rows of four kinds, in one batch, against the joint
-law of each, which is computed by plain forwards; broken decoders show what the test finds. The second compares the
-tokens of "gumbel" with those of "ar" over seeds, sizes and tasks, in float32 and in bfloat16, whose rounding depends
-on how many tokens are computed at a time: a token that differs by it changes all that follow, so they are counted
-up to there.
+Prints tables in Markdown. The first is about `tests/toy_model.py`: rows of four kinds, in one batch, against the
+joint distribution of each, which is computed by plain forwards; broken decoders show what the test finds. The second
+compares the tokens of "gumbel" with those of "ar" over seeds, sizes and tasks, in float32 and in bfloat16, whose
+rounding depends on how many tokens are computed at a time: a token that differs by it changes all that follow, so
+they are counted up to there.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from modeling_lumina_mgpt.checkpoints import default_checkpoint
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from toy_law import KINDS, broken, chi_squared, draw, joint_law, toy_model
+from toy_model import KINDS, broken, chi_squared, draw, joint_probs, toy_model
 
 WAYS: tuple[dict[str, Any], ...] = (
     {"decoding": "ar"},
@@ -62,11 +62,11 @@ def main() -> None:
         print_tokens(dtype, args.num_seeds)
 
 
-# The law
+# The distribution
 
 
 def print_chi_squared(num_samples: int) -> None:
-    laws = {schedule: [joint_law(toy_model(), kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
+    probs = {schedule: [joint_probs(toy_model(), kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
     print(f"{num_samples:,} samples: degrees of freedom, chi-squared for each of them, its probability\n")
     print(f"| way | {' | '.join(name_of(kind) for kind in KINDS)} | all |\n|---|{'---|' * len(KINDS)}---|", flush=True)
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
@@ -75,8 +75,8 @@ def print_chi_squared(num_samples: int) -> None:
             sizes = [min(CHUNK, per_kind - first) for first in range(0, per_kind, CHUNK)]
             parts = pool.map(samples, sizes, range(len(sizes)), repeat(way), repeat(fault))
             found = [torch.cat([torch.from_numpy(x) for x in rows]) for rows in zip(*parts, strict=True)]
-            own = laws[way.get("guidance_schedule")]
-            tests = [chi_squared(rows, *law) for rows, law in zip(found, own, strict=True)]
+            own = probs[way.get("guidance_schedule")]
+            tests = [chi_squared(rows, *probs) for rows, probs in zip(found, own, strict=True)]
             tests.append((sum(x for x, _ in tests), sum(freedom for _, freedom in tests)))
             name = ", ".join([" ".join(map(str, way.values())), *([fault] if fault else [])])
             entries = [f"{freedom:,}: {x / freedom:.3f} ({chi2.sf(x, freedom):.2g})" for x, freedom in tests]

@@ -1,10 +1,10 @@
 """The decoding engine: one loop for plain and speculative decoding, of rows that stand in different places.
 
 A row's `tokens` are final up to its `length`; what follows are drafts. Its cache lags behind, by the last final token
-at least. A step feeds a window of tokens from there on in one forward, which gives the law of what follows each of
-them; it makes final what the drafts got right, the first token that they did not, and what the grammar forces next
-(an end-of-line rides in the same forward as the code before it). The next step begins where the cache has ended: to
-go back is to move a pointer. All of a row's state stays on the device, and a row never looks at its neighbours.
+at least. A step feeds a window of tokens from there on in one forward, which gives the distribution of what follows
+each of them; it makes final what the drafts got right, the first token that they did not, and what the grammar forces
+next (an end-of-line rides in the same forward as the code before it). The next step begins where the cache has ended:
+to go back is to move a pointer. All of a row's state stays on the device, and a row never looks at its neighbours.
 
 - "ar": no drafts. One token a step is drawn, as `argmax(log P + g)` with Gumbel noise `g` of (seed, position).
 - "gumbel": the same draw at every place of the window, and drafts count as far as they agree with it. The noise of a
@@ -146,7 +146,7 @@ class Decoder:
         shift: position in the conditional branch less that in the unconditional one.
         scale: guidance scale; under a schedule, what the next token's is computed from.
         round: steps that the row has taken; random numbers of "jacobi" are of these, too.
-        law: `(rows, window, codes)` of "jacobi": which law each draft after the cached tokens was drawn from.
+        draft_probs: `(rows, window, codes)` of "jacobi": what each draft after the cached tokens was drawn from.
     """
 
     def __init__(
@@ -215,9 +215,9 @@ class Decoder:
         self.scale, self.given_scale = (numbers(self.num_rows, dtype=torch.float32) for _ in range(2))
         self.image_top_k, self.text_top_k = (numbers(self.num_rows) for _ in range(2))
         self.image_temperature, self.text_temperature = (numbers(self.num_rows, dtype=torch.float32) for _ in range(2))
-        self.law = None
+        self.draft_probs = None
         if self.is_speculative and self.settings.decoding == "jacobi" and self.settings.do_sample:
-            self.law = numbers(self.num_rows, window, len(self.code_ids), dtype=torch.float32)
+            self.draft_probs = numbers(self.num_rows, window, len(self.code_ids), dtype=torch.float32)
 
     def _take_over(self, earlier: "Decoder | None") -> None:
         """The tensors of the last call's decoder, as far as they fit: graphs are recorded with their addresses."""
@@ -419,7 +419,7 @@ class Decoder:
             speeds[window] = (sum(now["length"]) - begin) / (perf_counter() - start)
             for name, state in before.items():
                 getattr(self, name).copy_(state)
-        self.drafted.copy_(self.length)  # others' laws are in the way
+        self.drafted.copy_(self.length)  # others' distributions are in the way
         return max(speeds, key=lambda window: speeds[window])
 
     # One step
@@ -488,11 +488,11 @@ class Decoder:
                 source = torch.where(above >= first, above, source)
             known = source >= first
             fresh = torch.where(known, self.tokens.gather(1, source.clamp(min=0)), fresh)
-        if self.law is not None:
-            law = F.one_hot(self.code_index[fresh], len(self.code_ids)).float()
-            law = torch.where(known[..., None], law, 1 / len(self.code_ids))
-            own = self.law[:, : targets.shape[1]]
-            own.copy_(torch.where(is_new[..., None], law, own))
+        if self.draft_probs is not None:
+            probs = F.one_hot(self.code_index[fresh], len(self.code_ids)).float()
+            probs = torch.where(known[..., None], probs, 1 / len(self.code_ids))
+            own = self.draft_probs[:, : targets.shape[1]]
+            own.copy_(torch.where(is_new[..., None], probs, own))
         return torch.where(is_new, fresh, drafts)
 
     def _look_at(self, ids: Tensor, positions: Tensor, guided: bool, num_columns: int) -> Tensor:
@@ -523,18 +523,18 @@ class Decoder:
             drawn = self.code_ids[scores.argmax(-1)]
             return drawn, drawn == drafts
         scores, candidates = self._warp(scores, self._top_k(scores), self.image_temperature)
-        if self.law is None:
+        if self.draft_probs is None:
             noise = gumbel_noise(self.seeds, targets, self.code_ids[candidates])
             drawn = self.code_ids[_pick(scores + noise, candidates)]
             return drawn, drawn == drafts
-        seeds, own = self._round_seeds(), self.law[:, : targets.shape[1]]
-        law, noise = (
+        seeds, own = self._round_seeds(), self.draft_probs[:, : targets.shape[1]]
+        probs, noise = (
             torch.zeros_like(own).scatter_(-1, candidates, x)
             for x in (scores.softmax(-1), gumbel_noise(seeds, targets, self.code_ids[candidates]))
         )
         threshold = uniforms(seeds, targets, self.model.config.vocab_size)
-        accepted, index = verify(law, own, self.code_index[drafts], threshold, noise)
-        own.copy_(law)
+        accepted, index = verify(probs, own, self.code_index[drafts], threshold, noise)
+        own.copy_(probs)
         return self.code_ids[index], accepted
 
     def _next_token(self, hidden: Tensor, slot: Tensor, scale: Tensor, guided: bool) -> Tensor:
@@ -643,8 +643,8 @@ class Decoder:
             decayed = self._decayed(self.step[:, None] + recent - self.length[:, None])
             table = torch.cat([self.scale[:, None], decayed], 1)
             new["scale"] = torch.where(in_image & ~starts, table.gather(1, num_new[:, None])[:, 0], self.given_scale)
-        if self.law is not None:
-            own = self.law[:, :num_slots]
+        if self.draft_probs is not None:
+            own = self.draft_probs[:, :num_slots]
             own.copy_(carry(own, new["cached"] - self.cached))
         for name, state in new.items():
             getattr(self, name).copy_(state)
@@ -682,26 +682,28 @@ def _pick(scores: Tensor, candidates: Tensor) -> Tensor:
     return candidates.gather(-1, scores.argmax(-1, keepdim=True))[..., 0]
 
 
-def verify(law: Tensor, draft_law: Tensor, drafts: Tensor, threshold: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-    """Turns draws from one law into draws from another, and keeps as many as can be.
+def verify(
+    probs: Tensor, draft_probs: Tensor, drafts: Tensor, threshold: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Turns draws from one distribution into draws from another, and keeps as many as can be.
 
     Args:
-        law, draft_law: `(..., codes)` probabilities; drafts: `(...)` codes drawn from `draft_law`.
+        probs, draft_probs: `(..., codes)` probabilities; drafts: `(...)` codes drawn from `draft_probs`.
         threshold: `(...)` uniform in (0, 1); noise: `(..., codes)` Gumbel noise.
     Returns:
-        Whether each draft is kept, and the draws from `law`. `(...)` each
+        Whether each draft is kept, and the draws from `probs`. `(...)` each
     """
-    wanted, given = (x.gather(-1, drafts[..., None])[..., 0] for x in (law, draft_law))
+    wanted, given = (x.gather(-1, drafts[..., None])[..., 0] for x in (probs, draft_probs))
     kept = threshold * given < wanted
-    residual = (law - draft_law).clamp(min=0)
-    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, law)  # equal laws, up to rounding
+    residual = (probs - draft_probs).clamp(min=0)
+    residual = torch.where(residual.sum(-1, keepdim=True) > 0, residual, probs)  # equal distributions, up to rounding
     return kept, torch.where(kept, drafts, (residual.log() + noise).argmax(-1))
 
 
-def carry(laws: Tensor, num_cached: Tensor) -> Tensor:
+def carry(probs: Tensor, num_cached: Tensor) -> Tensor:
     """Laws `(rows, slots, codes)` of drafts, by the slots of the window that begins so many tokens later."""
-    slots = torch.arange(laws.shape[1], device=laws.device) + num_cached[:, None]
-    return laws.take_along_dim(slots.clamp(max=laws.shape[1] - 1)[..., None], 1)
+    slots = torch.arange(probs.shape[1], device=probs.device) + num_cached[:, None]
+    return probs.take_along_dim(slots.clamp(max=probs.shape[1] - 1)[..., None], 1)
 
 
 def entropy_top_k(scores: Tensor) -> Tensor:
@@ -711,9 +713,9 @@ def entropy_top_k(scores: Tensor) -> Tensor:
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """Entropy in nats of the law that scores `(..., tokens)` stand for; -inf is never drawn. `(...)`"""
-    log_law = scores.log_softmax(-1)
-    return -(log_law.exp() * log_law.masked_fill(log_law == -torch.inf, 0)).sum(-1)
+    """Entropy in nats of the distribution that scores `(..., tokens)` stand for; -inf is never drawn. `(...)`"""
+    log_probs = scores.log_softmax(-1)
+    return -(log_probs.exp() * log_probs.masked_fill(log_probs == -torch.inf, 0)).sum(-1)
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, token_ids: Tensor) -> Tensor:

@@ -113,12 +113,12 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             guidance_scale: `l' + s (l - l')` on image codes; the unconditional scores `l'` see only the tokens from
                 the image's start on. One for all or one per prompt; 1 skips it.
             guidance_schedule: None or "decay" (Lumina-mGPT 2.0).
-            guidance_end: the share of each image, 0 to 1, that is guided. Under 1 is faster and another law.
+            guidance_end: the share of each image, 0 to 1, that is guided. Under 1 is faster and another distribution.
             image_top_k, text_top_k, image_temperature, text_temperature: sampling inside and outside of images; one
                 for all or one per prompt. Stock's `top_k` and `temperature` set both; `do_sample=False` is greedy.
             top_k_schedule: None or "entropy" (PURE: the flatter the scores, the more candidates).
-            decoding: "ar", a code a step; "gumbel", the same codes in fewer steps; "jacobi", others of the same law.
-                With logits processors all are "ar".
+            decoding: "ar", a code a step; "gumbel", the same codes in fewer steps; "jacobi", others of the same
+                distribution. With logits processors all are "ar".
             window: tokens that a step of "gumbel" and "jacobi" looks at, or "auto": the fastest of some, tried once.
             draft: what these two take codes for at first: "uniform", the ones "above", or to the "left".
             generator: one for all, or one per returned row; each row draws a 64-bit seed from its own.

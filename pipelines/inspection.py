@@ -39,8 +39,8 @@ class Watched:
         prompt, picture: what was asked for, what was drawn.
         ids: `(length)` of both, up to the picture's last code.
         codes_at: `(rows, cols)` where in `ids` each code of the picture is.
-        entropy: float32 `(rows, cols)` nats of the law over codes as guided, before top-k and temperature: what
-            PURE's top-k is made from (2503.11073). 0 for a code that was given.
+        entropy: float32 `(rows, cols)` nats of the distribution over codes as guided, before top-k and temperature:
+            what PURE's top-k is made from (2503.11073). 0 for a code that was given.
     """
 
     prompt: str
@@ -165,7 +165,7 @@ def draw_attention(pipe: "LuminaMGPTPipeline", watched: Watched) -> tuple[Image.
 
 
 def draw_entropy(watched: Watched) -> Image.Image:
-    """The picture beside the entropy of the law that each of its codes was drawn from (PURE, 2503.11073)."""
+    """The picture beside the entropy of the distribution that each of its codes was drawn from (PURE, 2503.11073)."""
     low, high, shown = float(watched.entropy.min()), float(watched.entropy.max()), _fit(watched.picture, PANEL_PX)
     title = f"How open each code was: {watched.entropy.mean():.2f} nats on average"
     caption = "Entropy of the guided scores of all codes, before top-k and temperature."

@@ -1,15 +1,15 @@
-"""Speculative decoding is exact: "jacobi" draws from the law of plain decoding, "gumbel" draws its very tokens."""
+"""Speculative decoding is exact: "jacobi" has the distribution of plain decoding, "gumbel" its very tokens."""
 
 import pytest
 import torch
 from scipy.stats import chi2
-from toy_law import KINDS, broken, chi_squared, draw, joint_law, toy_model
+from toy_model import KINDS, broken, chi_squared, draw, joint_probs, toy_model
 
 from helpers import random_picture
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 
 NUM_SAMPLES = 1200  # of each of the four kinds of rows
-UNLIKELY = 1e-8  # the law itself is rejected less often than once in a million runs of all these tests
+UNLIKELY = 1e-8  # the distribution itself is rejected less often than once in a million runs of all these tests
 JACOBI = {"decoding": "jacobi", "window": 4, "draft": "uniform"}
 PICTURE = random_picture(64, 32)
 
@@ -20,15 +20,15 @@ def toy():
 
 
 @pytest.fixture(scope="module")
-def laws(toy):
+def probs(toy):
     """By schedule of guidance."""
-    return {schedule: [joint_law(toy, kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
+    return {schedule: [joint_probs(toy, kind, schedule) for kind in KINDS] for schedule in (None, "decay")}
 
 
-def smallest_p_value(model, laws, **settings):
+def smallest_p_value(model, probs, **settings):
     samples = draw(model, NUM_SAMPLES, seed=0, **settings)
-    own = laws[settings.get("guidance_schedule")]
-    return min(chi2.sf(*chi_squared(rows, *law)) for rows, law in zip(samples, own, strict=True))
+    own = probs[settings.get("guidance_schedule")]
+    return min(chi2.sf(*chi_squared(rows, *probs)) for rows, probs in zip(samples, own, strict=True))
 
 
 @pytest.mark.parametrize(
@@ -44,14 +44,14 @@ def smallest_p_value(model, laws, **settings):
     ],
     ids=lambda settings: "-".join(map(str, settings.values())),
 )
-def test_answers_follow_the_models_law(toy, laws, settings):
-    assert smallest_p_value(toy, laws, **settings) > UNLIKELY
+def test_answers_follow_the_models_distribution(toy, probs, settings):
+    assert smallest_p_value(toy, probs, **settings) > UNLIKELY
 
 
 @pytest.mark.parametrize("fault", ["resampling from P", "keeping the old Q"])
-def test_a_wrong_decoder_would_be_found_out(toy, laws, fault):
+def test_a_wrong_decoder_would_be_found_out(toy, probs, fault):
     with broken(fault):
-        assert smallest_p_value(toy, laws, **JACOBI) < UNLIKELY
+        assert smallest_p_value(toy, probs, **JACOBI) < UNLIKELY
 
 
 # Tokens
@@ -104,7 +104,7 @@ def test_gumbel_draws_the_tokens_of_plain_decoding(model, tiny_processor, window
     ],
     ids=lambda settings: next(iter(settings)),
 )
-def test_every_setting_of_the_law_counts_alike(pipe, settings):
+def test_every_setting_of_the_distribution_counts_alike(pipe, settings):
     asked = {"prompt": ["a", "a red cube"], "height": [32, 48], "width": [48, 16], "output_type": "latent"}
 
     def draw_codes(**decoding):

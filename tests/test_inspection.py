@@ -1,4 +1,4 @@
-"""Looking inside: attention is shares of the right tokens, entropy is of the codes' law, the model stays as it was."""
+"""Looking inside: attention is shares of the right tokens, entropy is of the codes', the model stays as it was."""
 
 import math
 
@@ -35,11 +35,11 @@ def test_a_watched_picture_is_the_one_drawn_unwatched(tiny_pipe, watched):
     assert watched.codes_at[-1, -1] == len(watched.ids) - 1
 
 
-def test_each_entropy_is_that_of_the_law_its_own_code_was_drawn_from(tiny_pipe):
-    tiny_pipe.transformer.lm_head.weight.data *= 20  # untrained laws are all but uniform
+def test_each_entropy_is_that_of_the_distribution_its_own_code_was_drawn_from(tiny_pipe):
+    tiny_pipe.transformer.lm_head.weight.data *= 20  # untrained distributions are all but uniform
     drawn = watch(tiny_pipe, "a red sphere", height=32, width=48, guidance_scale=1.0)
-    laws = tiny_pipe.transformer(drawn.ids[None]).logits[0, drawn.codes_at.flatten() - 1]
-    nats = entropy(laws[:, tiny_pipe.processor.uni_rep.code_ids]).view(drawn.codes_at.shape)
+    probs = tiny_pipe.transformer(drawn.ids[None]).logits[0, drawn.codes_at.flatten() - 1]
+    nats = entropy(probs[:, tiny_pipe.processor.uni_rep.code_ids]).view(drawn.codes_at.shape)
     assert torch.allclose(drawn.entropy, nats, atol=1e-4) and nats.std() > 0.05
 
 

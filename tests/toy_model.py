@@ -1,7 +1,7 @@
-"""A decoder so small that the law of its answers can be written down, and the chi-squared distance of samples from it.
+"""A decoder so small that the distribution of its answers can be written down, and samples' chi-squared from it.
 
-The law is computed by plain forwards, one for each beginning of an answer, and knows nothing of the decoding loops:
-only the grammar of `uni_rep` is shared. Rows of four kinds are drawn in one batch, so that they differ in prompt,
+The distribution is computed by plain forwards, one for each beginning of an answer, and knows nothing of the decoding
+loops: only the grammar of `uni_rep` is shared. Rows of four kinds are drawn in one batch, so that they differ in prompt,
 length, size, guidance, top-k and temperature; one kind writes text and begins a picture when it likes.
 """
 
@@ -74,34 +74,34 @@ def toy_model() -> LuminaMGPTForConditionalGeneration:
     return LuminaMGPTForConditionalGeneration(config).eval()
 
 
-# The law
+# The distribution
 
 
 @torch.no_grad()
-def joint_law(model, kind: Kind, guidance_schedule: str | None = None) -> tuple[Tensor, Tensor]:
+def joint_probs(model, kind: Kind, guidance_schedule: str | None = None) -> tuple[Tensor, Tensor]:
     """Every possible beginning of an answer, int64 `(cells, num_counted)`, and its probability, float64 `(cells)`."""
-    ids, law = torch.tensor([kind.prompt]), torch.ones(1, dtype=torch.float64)
+    ids, probs = torch.tensor([kind.prompt]), torch.ones(1, dtype=torch.float64)
     for _ in range(kind.num_counted):
-        law = law[:, None] * next_law(model, kind, ids, guidance_schedule)  # (beginnings, vocab)
-        beginning, token = (law > 0).nonzero(as_tuple=True)
-        ids, law = torch.cat([ids[beginning], token[:, None]], 1), law[beginning, token]
-    return ids[:, len(kind.prompt) :], law
+        probs = probs[:, None] * next_probs(model, kind, ids, guidance_schedule)  # (beginnings, vocab)
+        beginning, token = (probs > 0).nonzero(as_tuple=True)
+        ids, probs = torch.cat([ids[beginning], token[:, None]], 1), probs[beginning, token]
+    return ids[:, len(kind.prompt) :], probs
 
 
-def next_law(model, kind: Kind, ids: Tensor, guidance_schedule: str | None) -> Tensor:
-    """`ids (beginnings, length)` to the law of the next token, float64 `(beginnings, vocab)`."""
-    length, law = ids.shape[1], torch.zeros(len(ids), VOCAB_SIZE, dtype=torch.float64)
+def next_probs(model, kind: Kind, ids: Tensor, guidance_schedule: str | None) -> Tensor:
+    """`ids (beginnings, length)` to the distribution of the next token, float64 `(beginnings, vocab)`."""
+    length, probs = ids.shape[1], torch.zeros(len(ids), VOCAB_SIZE, dtype=torch.float64)
     has_ended = torch.isin(ids, torch.tensor(ENDS)).any(1)
-    law[has_ended, PAD] = 1
+    probs[has_ended, PAD] = 1
     is_start = ids == LAYOUT.start_id
     starts = torch.where(is_start.any(1), is_start.int().argmax(1), length)  # (beginnings)
     for start in starts[~has_ended].unique().tolist():
         own = (starts == start) & ~has_ended
-        law[own] = next_law_since(model, kind, ids[own], start, guidance_schedule)
-    return law
+        probs[own] = next_probs_since(model, kind, ids[own], start, guidance_schedule)
+    return probs
 
 
-def next_law_since(model, kind: Kind, ids: Tensor, start: int, guidance_schedule: str | None) -> Tensor:
+def next_probs_since(model, kind: Kind, ids: Tensor, start: int, guidance_schedule: str | None) -> Tensor:
     """The same, of answers whose picture started in column `start`; after the last column: not yet."""
     length = ids.shape[1]
     step, room = length - start, MAX_NEW_TOKENS - (length - len(kind.prompt))
@@ -163,17 +163,19 @@ def draw(model, num_samples: int, seed: int, **settings) -> list[Tensor]:
     return [torch.cat(rows) for rows in zip(*answers, strict=True)]
 
 
-def chi_squared(samples: Tensor, cells: Tensor, law: Tensor) -> tuple[float, int]:
-    """Statistic and degrees of freedom; infinite if a sample is none that the law allows."""
+def chi_squared(samples: Tensor, cells: Tensor, probs: Tensor) -> tuple[float, int]:
+    """Statistic and degrees of freedom; infinite if a sample is none that the distribution allows."""
     counts = count(samples, cells)
     if counts.sum() < len(samples):
-        return float("inf"), len(law) - 1
-    expected = law / law.sum() * len(samples)
+        return float("inf"), len(probs) - 1
+    expected = probs / probs.sum() * len(samples)
     is_rare = expected < MIN_EXPECTED  # neighbors begin alike, so together they still tell something
     groups = (expected.masked_fill(~is_rare, 0).cumsum(0) / (2 * MIN_EXPECTED)).long()
-    groups = torch.where(is_rare, groups.clamp(max=max(int(groups.max()) - 1, 0)), len(law) + torch.arange(len(law)))
+    groups = torch.where(
+        is_rare, groups.clamp(max=max(int(groups.max()) - 1, 0)), len(probs) + torch.arange(len(probs))
+    )
     _, groups = groups.unique(return_inverse=True)
-    expected, counts = (torch.zeros(len(law)).double().scatter_add_(0, groups, x) for x in (expected, counts))
+    expected, counts = (torch.zeros(len(probs)).double().scatter_add_(0, groups, x) for x in (expected, counts))
     expected, counts = expected[: groups.max() + 1], counts[: groups.max() + 1]
     return float(((counts - expected) ** 2 / expected).sum()), len(expected) - 1
 
@@ -193,19 +195,19 @@ def count(samples: Tensor, cells: Tensor) -> Tensor:
 def broken(name: str):
     """Within it, "jacobi" is not exact: by "resampling from P", or by "keeping the old Q"."""
     if name == "resampling from P":
-        return mock.patch.object(engine, "verify", _resampling_from_the_law)
+        return mock.patch.object(engine, "verify", _resampling_from_probs)
     kept: list[Tensor] = []
     verify, carry = engine.verify, engine.carry
 
-    def keeping(law: Tensor, draft_law: Tensor, *args):
-        kept.append(draft_law.clone())
-        return verify(law, draft_law, *args)
+    def keeping(probs: Tensor, draft_probs: Tensor, *args):
+        kept.append(draft_probs.clone())
+        return verify(probs, draft_probs, *args)
 
     return mock.patch.multiple(
-        engine, verify=keeping, carry=lambda laws, *args: carry(kept.pop() if kept else laws, *args)
+        engine, verify=keeping, carry=lambda probs, *args: carry(kept.pop() if kept else probs, *args)
     )
 
 
-def _resampling_from_the_law(law: Tensor, draft_law: Tensor, drafts: Tensor, threshold: Tensor, noise: Tensor):
-    kept = threshold * draft_law.gather(-1, drafts[..., None])[..., 0] < law.gather(-1, drafts[..., None])[..., 0]
-    return kept, torch.where(kept, drafts, (law.log() + noise).argmax(-1))
+def _resampling_from_probs(probs: Tensor, draft_probs: Tensor, drafts: Tensor, threshold: Tensor, noise: Tensor):
+    kept = threshold * draft_probs.gather(-1, drafts[..., None])[..., 0] < probs.gather(-1, drafts[..., None])[..., 0]
+    return kept, torch.where(kept, drafts, (probs.log() + noise).argmax(-1))
