@@ -1,8 +1,8 @@
 """A decoder so small that the distribution of its answers can be written down, and samples' chi-squared from it.
 
 The distribution is computed by plain forwards, one for each beginning of an answer, and knows nothing of the decoding
-loops: only the grammar of `uni_rep` is shared. Rows of four kinds are drawn in one batch, so that they differ in prompt,
-length, size, guidance, top-k and temperature; one kind writes text and begins a picture when it likes.
+loops: only the grammar of `uni_rep` is shared. Rows of four kinds are drawn in one batch, so that they differ in
+prompt, length, size, guidance, top-k and temperature; one kind writes text and begins a picture when it likes.
 """
 
 from dataclasses import dataclass
