@@ -117,6 +117,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("memory", *SHAPES), help="besides the default checkpoint; all if not given")
     parser.add_argument("--output-dir", type=Path)
     args = parser.parse_args()
+    if args.only == "7B" and args.device == "cpu":
+        parser.error("--only 7B takes a --device that holds it, such as cuda")
     wanted = {args.only} if args.only else {"memory", "100M"} | ({"7B"} if args.device != "cpu" else set())
     charts: list[Image.Image] = []
     codes_per_step = print_default(args, charts)

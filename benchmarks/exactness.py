@@ -76,7 +76,7 @@ def print_chi_squared(num_samples: int) -> None:
             parts = pool.map(samples, sizes, range(len(sizes)), repeat(way), repeat(fault))
             found = [torch.cat([torch.from_numpy(x) for x in rows]) for rows in zip(*parts, strict=True)]
             own = probs[way.get("guidance_schedule")]
-            tests = [chi_squared(rows, *probs) for rows, probs in zip(found, own, strict=True)]
+            tests = [chi_squared(rows, *table) for rows, table in zip(found, own, strict=True)]
             tests.append((sum(x for x, _ in tests), sum(freedom for _, freedom in tests)))
             name = ", ".join([" ".join(map(str, way.values())), *([fault] if fault else [])])
             entries = [f"{freedom:,}: {x / freedom:.3f} ({chi2.sf(x, freedom):.2g})" for x, freedom in tests]

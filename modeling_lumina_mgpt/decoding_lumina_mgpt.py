@@ -188,10 +188,9 @@ class Decoder:
         self.cache = RowCache(num_rows * (2 if self.is_guided else 1), model.config.num_key_value_heads)
         self.waiting = deque(range(len(prompts)))
         self.owners = [-1] * num_rows  # which prompt each row has
-        self.num_columns = 0  # of the cache that this call needs
-        earlier = vars(model).pop(KEPT, None)
+        self.num_columns = 0  # of the cache, that this call needs
         if self.is_compiled:
-            self._take_over(earlier)
+            self._take_over(vars(model).pop(KEPT, None))
 
     @property
     def image_end(self) -> Tensor:
@@ -219,6 +218,7 @@ class Decoder:
         if self.is_speculative and self.settings.decoding == "jacobi" and self.settings.do_sample:
             self.draft_probs = numbers(self.num_rows, window, len(self.code_ids), dtype=torch.float32)
 
+    @torch.inference_mode()  # in which the last call may have been made
     def _take_over(self, earlier: "Decoder | None") -> None:
         """The tensors of the last call's decoder, as far as they fit: graphs are recorded with their addresses."""
         if earlier is None or (earlier.device, earlier.dtype) != (self.device, self.dtype):
@@ -229,8 +229,7 @@ class Decoder:
             if not isinstance(tensor, Tensor) or not isinstance(old, Tensor):
                 continue
             if (old.shape, old.dtype) == (tensor.shape, tensor.dtype):
-                with torch.inference_mode():  # in which the last call may have been made
-                    setattr(self, name, old.copy_(tensor))
+                setattr(self, name, old.copy_(tensor))
         if earlier.cache.num_rows == self.cache.num_rows:
             self.cache = earlier.cache
 
@@ -377,9 +376,13 @@ class Decoder:
         num_steps = 1 if looks_always else max(1, min(most, left // gain))
         longest = max(seen["reach"][row] for row in running) + num_steps * gain
         self._reserve(longest - gain)  # the last step's is within the margin
+        num_columns = min(self._rounded(longest), self.num_columns)
+        if self.is_compiled:  # each pair of what is read and what is there is compiled, so that there should be few
+            is_large = self.cache.num_columns >= 2 * self.num_columns
+            num_columns = self.num_columns if is_large else self.cache.num_columns
         return num_steps, {
             "num_slots": num_slots,
-            "num_columns": self.num_columns if self.is_compiled else min(self._rounded(longest), self.num_columns),
+            "num_columns": num_columns,
             "guided": self.is_guided and not all(seen["unguided"][row] for row in running),
             "with_codes": with_codes,
             "with_text": with_text,
@@ -701,7 +704,7 @@ def verify(
 
 
 def carry(probs: Tensor, num_cached: Tensor) -> Tensor:
-    """Laws `(rows, slots, codes)` of drafts, by the slots of the window that begins so many tokens later."""
+    """Distributions `(rows, slots, codes)` of drafts, by the slots of the window that begins so many tokens later."""
     slots = torch.arange(probs.shape[1], device=probs.device) + num_cached[:, None]
     return probs.take_along_dim(slots.clamp(max=probs.shape[1] - 1)[..., None], 1)
 

@@ -33,6 +33,10 @@ UNSUPPORTED = ("num_beams", "top_p", "min_p", "typical_p", "epsilon_cutoff", "et
 FORWARDS = ("output_scores", "output_logits", "output_attentions", "output_hidden_states", "past_key_values")
 
 
+class ContextTooShort(ValueError):
+    """A prompt, or the image that is asked for, does not fit into the model's context."""
+
+
 @dataclass
 class DecodingSettings:
     """What `generate` was asked for, defaults filled in. Fields of type Any: a scalar, or one a prompt."""
@@ -311,7 +315,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
         length = len(ids)
         room = min(context - length, max_new_tokens)
         if room <= 0:
-            raise ValueError(f"row {row}: {length} prompt tokens leave no room in a context of {context}.")
+            raise ContextTooShort(f"row {row}: {length} prompt tokens leave no room in a context of {context}.")
 
         # 1. The image that the prompt has begun, or is to begin
         starts, ends = ((ids == i).nonzero().flatten().tolist() for i in (layout.start_id, layout.end_id))
@@ -330,7 +334,7 @@ class LuminaMGPTGenerationMixin(GenerationMixin):
             rows_at_least, cols_at_least = max(rows, smallest), max(cols, smallest)
             needed = layout.num_tokens(rows_at_least, cols_at_least) - step
             if needed > (room if is_asked or step < 3 else context - length):
-                raise ValueError(
+                raise ContextTooShort(
                     f"row {row}: an image of {rows_at_least}x{cols_at_least} codes takes {needed} more tokens, and"
                     f" {room} are left (context {context}, prompt {length}, max_new_tokens {max_new_tokens})."
                 )

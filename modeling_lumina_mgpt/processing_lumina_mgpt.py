@@ -9,7 +9,6 @@ control tokens in it stay plain text, except for the placeholder.
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, count, islice
 from typing import Any
@@ -306,10 +305,11 @@ class LuminaMGPTProcessor(ProcessorMixin):
     def _encode_pixels(self, pixels: Tensor) -> Tensor:
         """(batch, 3, height_px, width_px) in [-1, 1] -> codes (batch, rows, cols)."""
         device, embedding = self._vq_device, self.vqvae.quantize.embedding
-        with _precise():
-            latents = self.vqvae.encode(pixels.to(device, self.vqvae.dtype)).latents.movedim(1, -1).float()
-            codebook = embedding(torch.arange(embedding.num_embeddings, device=device)).float()  # if offloaded
-            codes = torch.cdist(latents.flatten(0, 2), codebook).argmin(-1)
+        latents = self.vqvae.encode(pixels.to(device, self.vqvae.dtype)).latents.movedim(1, -1).float()
+        codebook = embedding(torch.arange(embedding.num_embeddings, device=device)).float()  # if offloaded, it comes
+        # A GPU may round matrix products (TF32); the norms in this one would no longer cancel
+        mode = ("donot_use_mm" if device.type != "cpu" else "use_mm") + "_for_euclid_dist"
+        codes = torch.cdist(latents.flatten(0, 2), codebook, compute_mode=mode).argmin(-1)
         return codes.view(latents.shape[:3]).cpu()
 
     @torch.no_grad()
@@ -847,21 +847,6 @@ class LiveBytes(TorchDispatchMode):
                 weakref.finalize(storage, self.sizes.pop, storage._cdata)
         self.peak = max(self.peak, sum(self.sizes.values()))
         return made
-
-
-@contextmanager
-def _precise() -> Iterator[None]:
-    """In float32 a GPU would round what it multiplies to TF32, and give some places the number of a code nearby."""
-    known: Any = torch.backends
-    backends = known.cudnn.conv, known.cuda.matmul
-    before = [backend.fp32_precision for backend in backends]
-    try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        yield
-    finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
 
 
 def _decoded(vqvae, codes: Tensor) -> Tensor:

@@ -505,7 +505,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
         absent = {x: _weight_bytes(x) for x in self._modules_here() if x.device.type not in (device.type, "meta")}
         decoder = absent.pop(self.transformer, 0)
         scales = generate_kwargs.get("guidance_scale", [None])
-        may_compile = not any(map(generate_kwargs.get, ("disable_compile", "logits_processor", "suppress_tokens")))
+        processed = any(generate_kwargs.get(name) is not None for name in ("logits_processor", "suppress_tokens"))
+        may_compile = not (processed or generate_kwargs.get("disable_compile"))
 
         def needed(num_rows: int, height: int | None, width: int | None) -> int:
             num_tokens = self._num_steps(prompt_length, **{**generate_kwargs, "height": height, "width": width})
@@ -514,9 +515,8 @@ class LuminaMGPTPipeline(DiffusionPipeline):
             if height is not None and width is not None:
                 decoding = self.processor.decode_bytes(*self.processor.uni_rep.grid(height, width), num_rows)
             cache = self._cache_bytes(num_rows, prompt_length + num_tokens, scales, may_compile)
-            rest = sum(absent.values()) + decoding
-            take_turns = bool(getattr(self, "_all_hooks", None))  # on the device, with `enable_model_cpu_offload`
-            return cache + (max(decoder, rest) if take_turns else decoder + rest)
+            is_offloaded = bool(getattr(self, "_all_hooks", None))  # the decoder leaves before pictures are decoded
+            return cache + sum(absent.values()) + (max(decoder, decoding) if is_offloaded else decoder + decoding)
 
         sizes = [(request.height, request.width) for request in call.requests]
         height, width = max(sizes, key=lambda size: (size[0] or 0) * (size[1] or 0))

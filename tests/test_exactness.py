@@ -28,7 +28,7 @@ def probs(toy):
 def smallest_p_value(model, probs, **settings):
     samples = draw(model, NUM_SAMPLES, seed=0, **settings)
     own = probs[settings.get("guidance_schedule")]
-    return min(chi2.sf(*chi_squared(rows, *probs)) for rows, probs in zip(samples, own, strict=True))
+    return min(chi2.sf(*chi_squared(rows, *table)) for rows, table in zip(samples, own, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def test_a_watched_picture_is_the_one_drawn_unwatched(tiny_pipe, watched):
 def test_each_entropy_is_that_of_the_distribution_its_own_code_was_drawn_from(tiny_pipe):
     tiny_pipe.transformer.lm_head.weight.data *= 20  # untrained distributions are all but uniform
     drawn = watch(tiny_pipe, "a red sphere", height=32, width=48, guidance_scale=1.0)
-    probs = tiny_pipe.transformer(drawn.ids[None]).logits[0, drawn.codes_at.flatten() - 1]
-    nats = entropy(probs[:, tiny_pipe.processor.uni_rep.code_ids]).view(drawn.codes_at.shape)
+    logits = tiny_pipe.transformer(drawn.ids[None]).logits[0, drawn.codes_at.flatten() - 1]
+    nats = entropy(logits[:, tiny_pipe.processor.uni_rep.code_ids]).view(drawn.codes_at.shape)
     assert torch.allclose(drawn.entropy, nats, atol=1e-4) and nats.std() > 0.05
 
 

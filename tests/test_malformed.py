@@ -225,7 +225,10 @@ PROCESSOR = {
     ),
     "an image too many": (lambda k: k.processor("<|image|>", [PICTURE] * 2), "2 images for 1 placeholders"),
     "images for other texts": (lambda k: k.processor(["a", "b"], [PICTURE] * 3), "3 images for 2 places in 2 texts"),
+    "images for fewer texts": (lambda k: k.processor(["a"] * 3, [PICTURE] * 2), "2 images for 3 places in 3 texts"),
     "lists for other texts": (lambda k: k.processor(["a"], [[PICTURE], []]), "2 lists of images for 1 texts"),
+    "lists for fewer texts": (lambda k: k.processor(["a", "b"], [[PICTURE]]), "1 lists of images for 2 texts"),
+    "an image of numbers": (lambda k: k.processor("a", images=12), "of type int: accepted is a PIL image"),
     "a target of 0 px": (
         lambda k: k.processor("a", PICTURE, target_px=0),
         "target 0 px: accepted are multiples of 16",
@@ -241,6 +244,7 @@ PROCESSOR = {
     ),
     "codes of another grid": (lambda k: k.processor("a", CODES[:3]), "3x4 codes: accepted sides are multiples of 2"),
     "heights for other texts": (lambda k: k.processor("a", height=[32, 32], width=32), "2 values for 1 texts"),
+    "heights for fewer texts": (lambda k: k.processor(["a"] * 2, height=[32], width=32), "1 values for 2 texts"),
     "sound": (lambda k: k.processor("a", audio=[1]), "videos and audio are not accepted"),
     "an unknown keyword": (lambda k: k.processor("a", image=PICTURE), "unexpected keyword argument 'image'"),
     "tensors of TensorFlow": (lambda k: k.processor("a", return_tensors="tf"), "return_tensors 'tf': accepted are"),
@@ -343,6 +347,7 @@ PROCESSOR = {
     ),
     "an unknown task": (lambda k: k.processor.check_task("etch"), "task 'etch': accepted are text-to-image, complete"),
     "a list of tasks": (lambda k: k.processor.check_task(["depth"]), r"task \['depth'\]: accepted are text-to-image"),
+    "an unknown task": (lambda k: k.processor.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image"),
     "a task without its prompt": (lambda k: k.processor.task_prompt("edit"), "task 'edit' takes a prompt"),
     "a task with a prompt too many": (
         lambda k: k.processor.task_prompt("depth", "a"),
@@ -578,6 +583,10 @@ PIPELINE = {
         lambda k: k.pipe("a", height=[32] * 2, width=32),
         "height has 2 values for 1 prompts",
     ),
+    "heights of fewer prompts": (
+        lambda k: k.pipe(["a"] * 2, height=[32], width=[32]),
+        "height has 1 values for 2 prompts",
+    ),
     "a panel in text": (
         lambda k: k.pipe("a", task="pair", condition="hed", height="32", width=32),
         "height '32'.*: accepted are",
@@ -614,6 +623,7 @@ PIPELINE = {
     ),
     "a seed for a generator": (lambda k: k.pipe("a", generator=3), "generator 3; accepted is a torch.Generator"),
     "generators of other rows": (lambda k: k.pipe("a", generator=[None] * 2), "2 generators for 1 rows"),
+    "generators of fewer rows": (lambda k: k.pipe(["a"] * 2, generator=[None]), "1 generators for 2 rows"),
     "an output type of files": (
         lambda k: k.pipe("a", output_type="jpg"),
         "output_type 'jpg': accepted are pil, np, pt",

@@ -160,6 +160,30 @@ def test_cases_are_shared_among_conditions(tiny_pipe):
     assert all(record[condition] for condition, record in found)
 
 
+def test_conditions_are_found_again_where_maps_were_trained(tiny_pipe, monkeypatch):
+    board = Board(tiny_pipe, 8, SIZE, 0)
+    asked = lambda self, task, images: [trials.Answer((task, image), "", None, None) for image in images]  # noqa: E731
+    monkeypatch.setattr(Board, "ask", asked)
+    conditions, pictures = ["depth", "pose", "depth", "normal"], ["a", "b", "c", "d"]
+    found = trials._found_again(board, conditions, pictures)
+    assert found == [*zip(conditions, pictures, strict=True)]
+    tiny_pipe.processor.trained_tasks = ["control", "depth"]
+    assert trials._found_again(board, conditions, pictures) == [found[0], None, found[2], None]
+
+
+def test_a_skeleton_that_nobody_can_read_counts_for_nothing():
+    assert metrics.pose(np.full((14, 2), np.nan), Image.new("RGB", SIZE)) == {"PCK@0.2": (0, 0)}
+
+
+def test_sizes_are_in_proportion_and_fit_the_context(score, long_pipe, monkeypatch):
+    long_pipe.processor.trained_tasks, long_pipe.processor.target_px = ["text-to-image"], 32
+    monkeypatch.setattr(trials, "IMAGE_SIZES", "48x48 64x64 128x64 160x160")  # 24 px are no size, 1,600 too many codes
+    monkeypatch.setattr(long_pipe.transformer.config, "max_position_embeddings", 256)
+    report = score(height=32, width=32)
+    found = {score["metric"] for score in report["tasks"]["sizes"]["scores"]}
+    assert found == {"overall, 32x32", "overall, 64x32"}
+
+
 @pytest.fixture
 def long_pipe(tiny_config, tiny_processor, tiny_vqvae):
     """With room for three edits."""
@@ -172,7 +196,7 @@ def score(long_pipe, tmp_path, monkeypatch):
     """Scores the tiny model on few cases with a judge that sees nothing."""
     for module in (metrics, trials):
         monkeypatch.setattr(module, "judge", lambda picture: [])
-    for name, few in {"NUM_TRAINING": 40, "NUM_MAPS": 2, "NUM_SENTENCES": 1, "IMAGE_SIZES": ((64, 64),)}.items():
+    for name, few in {"NUM_TRAINING": 40, "NUM_MAPS": 2, "NUM_SENTENCES": 1, "IMAGE_SIZES": "64x64"}.items():
         monkeypatch.setattr(trials, name, few)
     for module in (scoreboard, trials):
         monkeypatch.setattr(module, "CURVES", {"guidance_scale": (1, 2), "image_temperature": (0.5, 1.0)})
@@ -207,10 +231,11 @@ def test_every_task_is_scored_and_what_is_scored_is_kept(score, long_pipe, tmp_p
         score()
 
 
-def test_what_does_not_fit_the_context_is_left_out(score, long_pipe, capsys):
+def test_what_does_not_fit_the_context_is_left_out(score, long_pipe, tmp_path, capsys):
     """A picture has 75 tokens, what it is asked for in words some more."""
     long_pipe.transformer.config.max_position_embeddings = 256
     report = score()
+    assert json.loads((tmp_path / "scoreboard.json").read_text()) == report
     assert report["left_out"].keys() == {"edit", "pair", "panel"}  # four pictures in turn, and four areas at once
     assert report["left_out"].keys() | report["tasks"].keys() == trials.SCORED.keys()
     assert "- edit: " in capsys.readouterr().out

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from helpers import random_picture
 from modeling_lumina_mgpt.convert_lumina_mgpt_checkpoint import PUBLISHED, convert
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline, cli
+from modeling_lumina_mgpt.processing_lumina_mgpt import TASKS
 
 CHECKPOINTS = {"Lumina-mGPT-7B-768-Omni": "lumina", "Lumina-mGPT-2.0-Omni": "lumina-2", "PURE": "pure"}
 TRAINED = {name: next(p.tasks for p in PUBLISHED if p.name == name) for name in CHECKPOINTS}
@@ -26,6 +27,7 @@ COMMANDS = {
     "restore": ["restore", "input.png"],
 }
 SIZES = {"complete": (32, 64)}
+assert {task for _, task in CASES} == {*TASKS}
 
 
 class Say(LogitsProcessor):

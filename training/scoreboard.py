@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageDraw
 
-from modeling_lumina_mgpt.generation_lumina_mgpt import DecodingSettings
+from modeling_lumina_mgpt.generation_lumina_mgpt import ContextTooShort, DecodingSettings
 
 from . import metrics
 from .evaluate import scene_splits
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
 NUM_SHOWN = 8
+MEASURES = 2  # one more whenever cases or measures change: scores before and after are not to be mixed
 UNITS = {  # others are shares, and more is better
     "AbsRel": ("", "lower"),
     "mean angle": ("°", "lower"),
@@ -89,6 +90,8 @@ def run_scoreboard(
         for task in SCORED
         if trained is not None and NEEDED.get(task, task) not in (*trained, "chat")
     }
+    for task, why in report["left_out"].items():
+        print(f"{task}: left out: {why}")
     (folder / "sheets").mkdir(parents=True, exist_ok=True)
     for task, trials_of in SCORED.items():
         if task in report["left_out"] or task in report["tasks"]:
@@ -96,13 +99,15 @@ def run_scoreboard(
         start = time.monotonic()
         try:
             trials = trials_of(board)
-        except ValueError as error:  # such as three edits in a context that has room for one
+        except ContextTooShort as error:  # which may have room for one edit, but not for three
             report["left_out"][task] = str(error)
+            print(f"{task}: left out: {error}")
             continue
         scores = _scores(trials)
         draw_sheet(task, trials).save(folder / "sheets" / f"{task}.png")
         report["tasks"][task] = {"seconds": round(time.monotonic() - start, 1), "scores": scores}
         write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
+    write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
     if "curves" in report["tasks"]:
         draw_curves(report["tasks"]["curves"]["scores"]).save(folder / "curves.png")
     (folder / "scoreboard.md").write_text(format_table(report))
@@ -113,13 +118,13 @@ def run_scoreboard(
 def _opened(folder: Path, pipe: "LuminaMGPTPipeline", asked: dict) -> dict:
     """The report so far, of the same settings."""
     dtype = str(pipe.transformer.dtype)
-    settings = {**asked, "weights": _digest(pipe), "dtype": dtype, "sampling": _sampling(pipe)}
+    settings = {**asked, "measures": MEASURES, "weights": _digest(pipe), "dtype": dtype, "sampling": _sampling(pipe)}
     device, path = pipe.transformer.device, folder / "scoreboard.json"
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     machine = {"device": f"{device.type} ({name})", "torch": torch.__version__}
     if not path.exists():
         model = pipe.transformer.config.name_or_path
-        return {"model": model, "settings": settings, "machine": machine, "left_out": [], "tasks": {}}
+        return {"model": model, "settings": settings, "machine": machine, "left_out": {}, "tasks": {}}
     report = json.loads(path.read_text())
     for key, value in settings.items():
         if (before := report["settings"].get(key)) != value:

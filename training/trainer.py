@@ -263,17 +263,18 @@ class LuminaMGPTTrainer(SFTTrainer):
     def drawable(self):
         """Within, the model may be called by itself, not through FSDP's root, whose weights its own call gathers.
 
-        It decodes uncompiled: that would take longer than some samples, and FSDP moves what a graph is recorded with.
+        Steps are not compiled: it takes longer than some samples do, and FSDP moves what graphs are recorded with.
         """
         sharded, config = isinstance(self.model, FSDPModule), self.model.generation_config
         disable_compile, config.disable_compile = config.disable_compile, True
         self.model.eval()
-        if sharded:
-            self.model.unshard()
         try:
+            if sharded:
+                self.model.unshard()
             yield
         finally:
             config.disable_compile = disable_compile
+            self.model.free_cache()  # training needs the room
             if sharded:
                 self.model.reshard()
 

@@ -40,10 +40,8 @@ NUM_EDITS = 3
 PANEL_SCALE = 2  # what the recipes multiply `target_px` by for pictures of two panels
 TEXT_TOKENS = 128  # at most, in an answer
 SEEN = ("input", "truth", "ours")
-IMAGE_SIZES = (  # of a model of 64 x 64, others' in proportion
-    *((48, 48), (64, 64), (80, 48), (48, 80), (96, 96), (112, 80), (128, 128)),
-    *((160, 64), (64, 160), (160, 160)),
-)
+# Of a model of 64 x 64, others' in proportion
+IMAGE_SIZES = "48x48 64x64 80x48 48x80 96x96 112x80 128x128 160x64 64x160 160x160"
 CURVES = {"guidance_scale": (1, 2, 3, 4, 5, 6, 7, 8), "image_temperature": (0.4, 0.6, 0.8, 1.0, 1.2, 1.4)}
 CONDITIONS = ("depth", "pose", "subject")
 
@@ -194,23 +192,24 @@ def _draws_sentence(example: Example, picture: Image.Image) -> metrics.Values:
 
 
 def sizes(board: Board) -> Trials:
-    """The same at several sizes; those "between buckets" are in no stage of the recipes."""
+    """The same at the sizes that fit the context; those "between buckets" are in no stage of the recipes."""
     uni_rep, target_px = board.processor.uni_rep, board.processor.target_px
-    image_sizes = [(width * target_px // 64, height * target_px // 64) for width, height in IMAGE_SIZES]
+    room = board.pipe.transformer.config.max_position_embeddings - TEXT_TOKENS
+    proportional = [[int(side) * target_px // 64 for side in size.split("x")] for size in IMAGE_SIZES.split()]
+    whole = [(w, h) for w, h in proportional if w % uni_rep.size_unit_px == h % uni_rep.size_unit_px == 0]
+    image_sizes = [(w, h) for w, h in whole if uni_rep.num_tokens(*uni_rep.grid(h, w)) <= room]
     targets = [int(target_px * scale) for scale in (1, 1.5, 2)]
     buckets = {size for px in targets if px % uni_rep.size_unit_px == 0 for size in uni_rep.buckets(px)}
     cases: list[tuple[str, Example]] = []
     answers: dict[str, list] = {column: [] for column in COLUMN_NAMES}
     shown = []
     for i, size in enumerate(image_sizes):
-        if any(px % uni_rep.size_unit_px for px in size):
-            continue
         trials = _sentences(board, board.sentences(_per_category(board), size), size)
         name = f"overall, {size[0]}x{size[1]}" + ("" if size in buckets else " (between buckets)")
         cases += [(name, example) for example in trials.cases]
         for column, own in answers.items():
             own += trials.answers[column]
-        text, pictures = trials.shown[i * len(trials.shown) // len(image_sizes)]  # of each category some
+        text, pictures = trials.shown[i * len(trials.shown) // len(image_sizes)]  # of another category each time
         shown.append((f"{name}: {text}", pictures))
     return Trials(cases, _draws_case, answers, ("a true picture", "ours"), shown)
 
@@ -431,25 +430,28 @@ def control(board: Board) -> Trials:
     return Trials(found, _controlled, answers, SEEN, shown)
 
 
-def _found_again(board: Board, conditions: list[str], pictures: list[Image.Image]) -> list[Image.Image]:
-    """Of each picture the map of its condition."""
-    maps: dict[int, Image.Image] = {}
-    for condition in dict.fromkeys(conditions):
+def _found_again(board: Board, conditions: list[str], pictures: list[Image.Image]) -> list[Image.Image | None]:
+    """Of each picture the map of its condition, None if the model was not trained for such maps."""
+    maps: list[Image.Image | None] = [None] * len(pictures)
+    trained = board.processor.trained_tasks
+    for condition in sorted({*conditions} if trained is None else {*conditions} & {*trained}):
         places = [i for i, own in enumerate(conditions) if own == condition]
-        given = board.ask(condition, images=[pictures[i] for i in places], allow_untrained=True)
-        maps |= dict(zip(places, (answer.picture for answer in given), strict=True))
-    return [maps[i] for i in range(len(pictures))]
+        for i, answer in zip(places, board.ask(condition, images=[pictures[i] for i in places]), strict=True):
+            maps[i] = answer.picture
+    return maps
 
 
-def _controlled(case: tuple[str, dict], answer: tuple[Image.Image, Image.Image]) -> metrics.Values:
+def _controlled(case: tuple[str, dict], answer: tuple[Image.Image, Image.Image | None]) -> metrics.Values:
     (condition, record), (picture, again) = case, answer
-    truth: Any = metrics.read_joints(record["pose"]) if condition == "pose" else record[condition]
-    found_again = getattr(metrics, condition)(truth, again)
-    return {
+    values: metrics.Values = {
         "caption satisfied": _satisfied(record["caption"], picture),
         f"mask IoU, {condition}": metrics.condition_iou(condition, record["segmentation"], picture),
-        **{f"{name}, {condition} found again": value for name, value in found_again.items()},
     }
+    if again is None:
+        return values
+    truth: Any = metrics.read_joints(record["pose"]) if condition == "pose" else record[condition]
+    found_again = getattr(metrics, condition)(truth, again)
+    return values | {f"{name}, {condition} found again": value for name, value in found_again.items()}
 
 
 def _satisfied(text: str, picture: Image.Image) -> float:
