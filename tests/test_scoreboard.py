@@ -177,8 +177,10 @@ def test_a_skeleton_that_nobody_can_read_counts_for_nothing():
 
 def test_sizes_are_in_proportion_and_fit_the_context(score, long_pipe, monkeypatch):
     long_pipe.processor.trained_tasks, long_pipe.processor.target_px = ["text-to-image"], 32
-    monkeypatch.setattr(trials, "IMAGE_SIZES", "48x48 64x64 128x64 160x160")  # 24 px are no size, 1,600 too many codes
-    monkeypatch.setattr(long_pipe.transformer.config, "max_position_embeddings", 256)
+    monkeypatch.setattr(
+        trials, "IMAGE_SIZES", "48x48 64x64 128x64 160x160"
+    )  # halved: 24 px are no size, 80 x 80 too large
+    monkeypatch.setattr(long_pipe.transformer.config, "max_position_embeddings", 192)
     report = score(height=32, width=32)
     found = {score["metric"] for score in report["tasks"]["sizes"]["scores"]}
     assert found == {"overall, 32x32", "overall, 64x32"}
