@@ -347,7 +347,10 @@ PROCESSOR = {
     ),
     "an unknown task": (lambda k: k.processor.check_task("etch"), "task 'etch': accepted are text-to-image, complete"),
     "a list of tasks": (lambda k: k.processor.check_task(["depth"]), r"task \['depth'\]: accepted are text-to-image"),
-    "a prompt of an unknown task": (lambda k: k.processor.task_prompt("paint", "a"), "task 'paint': accepted are text-to-image"),
+    "a prompt of an unknown task": (
+        lambda k: k.processor.task_prompt("paint", "a"),
+        "task 'paint': accepted are text-to-image",
+    ),
     "a task without its prompt": (lambda k: k.processor.task_prompt("edit"), "task 'edit' takes a prompt"),
     "a task with a prompt too many": (
         lambda k: k.processor.task_prompt("depth", "a"),
