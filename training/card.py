@@ -41,7 +41,7 @@ SENTENCES = (
     "four small spheres",
 )
 SHOWN = ("edit", "depth", "normal", "segmentation", "pose", "detection", "control", "vqa")  # below the sentences
-ZOOM, GAP_PX, TEXT_PX = 2, 8, 56
+ZOOM, GAP_PX, TEXT_PX = 2, 8, 64
 INK = "#222222"
 
 

@@ -32,7 +32,7 @@ from .trials import COLUMN_NAMES, CURVES, SCORED, Board, Trials
 if TYPE_CHECKING:
     from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
 
-NUM_SHOWN = 8
+NUM_SHOWN = 10
 MEASURES = 2  # one more whenever cases or measures change: scores before and after are not to be mixed
 UNITS = {  # others are shares, and more is better
     "AbsRel": ("", "lower"),
