@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 from importlib.resources import files
+from io import BytesIO
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,12 @@ from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils.launch import prepare_multi_gpu_env
 from distributed_worker import LORA, run
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from transformers import AutoModelForMultimodalLM
 
 from modeling_lumina_mgpt import LuminaMGPTForConditionalGeneration
 from modeling_lumina_mgpt.pipelines import LuminaMGPTPipeline
-from modeling_lumina_mgpt.training.merge import SHARDS, merge, read_shards
+from modeling_lumina_mgpt.training.merge import SHARDS, MetadataUnpickler, merge, read_shards
 
 CONFIGURATIONS = files("modeling_lumina_mgpt.training") / "distributed"
 RUNS = ("full", "lora")
@@ -147,10 +149,24 @@ def test_a_merged_model_has_the_configuration_of_its_recipe(tiny_pipe, tiny_fold
     assert LuminaMGPTPipeline.from_pretrained(tmp_path / "merged").transformer.config.max_position_embeddings == 1024
 
 
+class Attribute:
+    """Pickled as members of enumerations are by older Pythons."""
+
+    def __init__(self, *place):
+        self.place = place
+
+    def __reduce__(self):
+        return getattr, self.place
+
+
 def test_metadata_of_shards_cannot_run_code(tmp_path):
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(print))
-    with pytest.raises(ValueError, match=r"builtins\.print"):
-        read_shards(tmp_path)
+    table = tmp_path / ".metadata"
+    for pickled, named in ((print, r"builtins\.print"), (Attribute(Metadata, "__init__"), r"Metadata'>\.__init__")):
+        table.write_bytes(pickle.dumps(pickled))
+        with pytest.raises(ValueError, match=f"{named}, which no checkpoint needs"):
+            read_shards(tmp_path)
+    found = MetadataUnpickler(BytesIO(pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_PRESERVE_FORMAT")))).load()
+    assert found is _MEM_FORMAT_ENCODING.TORCH_PRESERVE_FORMAT
 
 
 def test_merge_overwrites_nothing(tiny_folder, tmp_path):

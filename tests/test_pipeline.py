@@ -332,25 +332,31 @@ def test_dtype_and_device_move_every_component(tiny_pipe, tiny_folder):
     assert kept.transformer is tiny_pipe.transformer
 
 
-def test_offloaded_components_draw_the_same(tiny_pipe):
-    tiny_pipe.register_modules(vqvae=deepcopy(tiny_pipe.vqvae))  # which keeps its hook
+@pytest.fixture
+def own_pipe(tiny_pipe):
+    """With a VQ model that no other test has, as hooks stay."""
+    tiny_pipe.register_modules(vqvae=deepcopy(tiny_pipe.vqvae))
     tiny_pipe.processor.vqvae = tiny_pipe.vqvae
-    tiny_pipe.enable_model_cpu_offload()
-    device = tiny_pipe._execution_device
-    assert device.type == "cpu" or tiny_pipe.transformer.device.type == "cpu"
-    images = [tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images]
-    tiny_pipe.enable_model_cpu_offload(device=device)
-    images += [tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images for _ in range(2)]
+    return tiny_pipe
+
+
+def test_offloaded_components_draw_the_same(own_pipe):
+    own_pipe.enable_model_cpu_offload()
+    device = own_pipe._execution_device
+    assert device.type == "cpu" or own_pipe.transformer.device.type == "cpu"
+    images = [own_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images]
+    own_pipe.enable_model_cpu_offload(device=device)
+    images += [own_pipe("a", image=PICTURE, generator=seeded(), output_type="latent").images for _ in range(2)]
     assert all(torch.equal(images[0], codes) for codes in images)
-    assert tiny_pipe.transformer.device.type == "cpu"
+    assert own_pipe.transformer.device.type == "cpu"
 
 
-def test_components_offloaded_part_by_part_draw_the_same(tiny_pipe):
-    whole = tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images
-    for part in (tiny_pipe.transformer, tiny_pipe.vqvae):  # as `enable_sequential_cpu_offload` does it for a GPU
+def test_components_offloaded_part_by_part_draw_the_same(own_pipe):
+    whole = own_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images
+    for part in (own_pipe.transformer, own_pipe.vqvae):  # as `enable_sequential_cpu_offload` does it for a GPU
         cpu_offload(part, torch.device("cpu"))
-    assert tiny_pipe.vqvae.device.type == "meta"
-    assert np.array_equal(whole, tiny_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images)
+    assert own_pipe.vqvae.device.type == "meta"
+    assert np.array_equal(whole, own_pipe("a", image=PICTURE, generator=seeded(), output_type="np").images)
 
 
 def test_answers_to_pictures_have_sampling_of_their_own(tiny_pipe):

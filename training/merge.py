@@ -6,6 +6,7 @@ What differs from accelerate's: a folder that every loader reads comes out, and 
 """
 
 import pickle
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,18 @@ class MetadataUnpickler(pickle.Unpickler):
     """ValueError for anything but what the metadata of a checkpoint is made of."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # by which Python before 3.11.4 wrote members of enumerations
+            return _member
         known = module in METADATA_MODULES and not name.startswith("__") and "." not in name
         if (module, name) not in METADATA_NAMES and not known:
             raise ValueError(f"the shards' metadata names {module}.{name}, which no checkpoint needs: not read")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Enum:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise ValueError(f"the shards' metadata asks for {kind!r}.{name}, which no checkpoint needs: not read")
+    return kind[name]
 
 
 def gather_model(trainer) -> nn.Module | None:
