@@ -406,6 +406,12 @@ def test_a_broken_step_changes_nothing_and_says_so(make_trainer, capfd, step, fa
     assert len(logged(trainer, "minutes")) == 9  # though it took its time
 
 
+def test_losses_of_what_is_known_by_heart_may_jump(make_trainer):
+    trainer = make_trainer(max_steps=1)
+    trainer.state.log_history = [{"loss": 0.003}] * 5
+    assert trainer._trouble(0.1, 1.0) is None and "0.05" in trainer._trouble(0.2, 1.0)
+
+
 def test_a_run_that_stays_broken_ends_with_its_last_checkpoint(make_trainer):
     trainer = make_trainer(max_steps=9, options={"max_skipped_steps": 3})
     trainer.compute_loss = Poisoned(trainer, dict.fromkeys(range(2, 9), float("inf")))

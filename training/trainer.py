@@ -36,6 +36,7 @@ from .collator import Collator
 from .optimizer import MuonWithAdamW, layer_matrices
 
 WHOLE = "whole"  # the file that a checkpoint gets last
+KNOWN_BY_HEART = 0.05  # nats a token: of losses below, three times as much is no spike
 LOGGED = 40  # log entries whose median loss a spike is measured by; with fewer than five losses there are no spikes
 # Dense bfloat16 FLOPs a second, from the makers' data sheets.
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12}
@@ -56,7 +57,8 @@ class LuminaMGPTTrainer(SFTTrainer):
         eval_collator: of the evaluation's data; the training's would drop contexts.
         muon: the layers' matrices get torch's Muon, all else AdamW; not for shards of matrices, nor for adapters.
         code_rows: those of the model, whose answers are counted.
-        spike_factor: a step whose loss is above so many times the median of those logged before is left out.
+        spike_factor: a step whose loss is above so many times the median of those logged before (and of 0.05, as
+            losses of what is known by heart jump) is left out.
         max_skipped_steps: after so many steps in a row that were left out, the run ends.
         max_minutes: of training, after which the run ends; all of its sessions together, without evaluations.
         cooldown: the last share of the run, of its steps or its minutes, in which the learning rate falls to zero,
@@ -181,8 +183,9 @@ class LuminaMGPTTrainer(SFTTrainer):
         last = self.state.log_history[-LOGGED:]
         losses = [entry["loss"] for entry in last if math.isfinite(entry.get("loss", math.nan))]
         median = statistics.median(losses) if len(losses) >= 5 else math.inf
-        if loss > self.spike_factor * median:
-            return f"its loss {loss:.3g} is over {self.spike_factor:g} times the median, {median:.3g}"
+        usual = max(median, KNOWN_BY_HEART)
+        if loss > self.spike_factor * usual:
+            return f"its loss {loss:.3g} is over {self.spike_factor:g} times the median, {usual:.3g}"
         return None
 
     def _skip(self, model: nn.Module, trouble: str) -> None:
