@@ -106,13 +106,17 @@ def run_scoreboard(
         scores = _scores(trials)
         draw_sheet(task, trials).save(folder / "sheets" / f"{task}.png")
         report["tasks"][task] = {"seconds": round(time.monotonic() - start, 1), "scores": scores}
-        write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
-    write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
+        _write(folder, report)
+    _write(folder, report)
     if "curves" in report["tasks"]:
         draw_curves(report["tasks"]["curves"]["scores"]).save(folder / "curves.png")
     (folder / "scoreboard.md").write_text(format_table(report))
     print(format_table(report))
     return report
+
+
+def _write(folder: Path, report: dict) -> None:
+    write_whole(folder / "scoreboard.json", (json.dumps(report, indent=2) + "\n").encode())
 
 
 def _opened(folder: Path, pipe: "LuminaMGPTPipeline", asked: dict) -> dict:

@@ -183,9 +183,9 @@ class LuminaMGPTTrainer(SFTTrainer):
         last = self.state.log_history[-LOGGED:]
         losses = [entry["loss"] for entry in last if math.isfinite(entry.get("loss", math.nan))]
         median = statistics.median(losses) if len(losses) >= 5 else math.inf
-        usual = max(median, KNOWN_BY_HEART)
-        if loss > self.spike_factor * usual:
-            return f"its loss {loss:.3g} is over {self.spike_factor:g} times the median, {usual:.3g}"
+        if loss > self.spike_factor * max(median, KNOWN_BY_HEART):
+            floor = f", and {KNOWN_BY_HEART:g}" if median < KNOWN_BY_HEART else ""
+            return f"its loss {loss:.3g} is over {self.spike_factor:g} times the median, {median:.3g}{floor}"
         return None
 
     def _skip(self, model: nn.Module, trouble: str) -> None:
